@@ -1,0 +1,310 @@
+"""Everything that a machine can be told, and everything that it can ask for.
+
+Events are past tense: something happened. Effects are imperative: a driver must make it so. What one
+machine says to another is a message: an effect of the sender and an event of the receiver, the same
+object whether it crosses a function call, a process or a simulated network. A driver delivers a
+message *after* the instant in which it was sent.
+
+An effect that takes time carries an id, and exactly one later event closes it: ``RunStep`` is closed
+by ``StepFinished`` or ``StepFailed``; ``TransferKV`` by ``KVTransferred`` or ``KVTransferFailed``,
+which both ends of the transfer receive.
+"""
+
+from dataclasses import dataclass
+
+from sagellm.core.config import Role
+from sagellm.core.identity import BlockId, InstanceId, RequestId, StepId, TransferId
+from sagellm.core.plan import StepPlan
+from sagellm.core.request import FinishReason, RequestSpec
+
+# --- from the world to the control plane -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    request: RequestSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCancelled:
+    """The client went away or asked to stop."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceJoined:
+    """An instance is ready to serve."""
+
+    instance_id: InstanceId
+    role: Role
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class EmittedOutput:
+    """What a client had received of one request when its instance was lost."""
+
+    request_id: RequestId
+    num_output_tokens: int
+    output_token_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLost:
+    """An instance died. ``emitted`` names each of its unfinished requests with output already sent."""
+
+    instance_id: InstanceId
+    emitted: tuple[EmittedOutput, ...] = ()
+
+
+# --- messages: control plane to instance -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AssignRequest:
+    """Serve this request. With ``hand_over`` the instance prefills it and passes its KV on."""
+
+    instance_id: InstanceId
+    request: RequestSpec
+    hand_over: bool = False
+    num_output_tokens: int = 0  # emitted before, by an instance that was lost
+    output_token_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveKV:
+    """To a decode instance: make room for this request's KV, then say so to ``source_instance_id``.
+
+    ``attempt`` numbers the hand-overs of one request; answers to an older attempt are stale.
+    """
+
+    instance_id: InstanceId
+    request: RequestSpec
+    source_instance_id: InstanceId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequest:
+    """Stop this request wherever it is. Answered by ``RequestFinished`` where it was still there."""
+
+    instance_id: InstanceId
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseKV:
+    """To a decode instance: the hand-over of that attempt is off; give its room back."""
+
+    instance_id: InstanceId
+    request_id: RequestId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeHere:
+    """To a prefill instance: no decode instance can take this request; go on with it yourself."""
+
+    instance_id: InstanceId
+    request_id: RequestId
+
+
+# --- messages: instance to instance -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class KVReserved:
+    """From a decode instance to the prefill instance: these blocks wait for the request's KV.
+
+    ``block_ids[i]`` takes the KV of the request's logical block ``first_block_index + i``; earlier
+    blocks are in the decode instance's own prefix cache.
+    """
+
+    instance_id: InstanceId  # the receiver: the prefill instance
+    request_id: RequestId
+    target_instance_id: InstanceId
+    attempt: int
+    first_block_index: int
+    block_ids: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverFinished:
+    """From the prefill to the decode instance: all KV is there; the request is yours."""
+
+    instance_id: InstanceId  # the receiver: the decode instance
+    request_id: RequestId
+    attempt: int
+    num_computed_tokens: int
+    num_output_tokens: int
+    output_token_ids: tuple[int, ...] | None = None
+
+
+# --- messages: instance to control plane ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillFinished:
+    """The request's prompt is computed and its first token is out."""
+
+    request_id: RequestId
+    instance_id: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """The request ended on this instance; nothing of it runs there any more."""
+
+    request_id: RequestId
+    instance_id: InstanceId
+    reason: FinishReason
+    num_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMoved:
+    """The request's KV has left ``instance_id``; it decodes on ``target_instance_id`` from now on."""
+
+    request_id: RequestId
+    instance_id: InstanceId
+    target_instance_id: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverFailed:
+    """The KV could not be moved. The prefill instance still holds it and waits to be told."""
+
+    request_id: RequestId
+    instance_id: InstanceId
+    target_instance_id: InstanceId
+    attempt: int
+    reason: str
+
+
+# --- from the device and the network to an instance -------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepProgressed:
+    """Some repetitions of a repeated step are over, exactly one more is under way and is the last.
+
+    ``ends_ns`` are the times at which the repetitions ended since the step was launched; it may be
+    empty, where the step has only just begun to run.
+    """
+
+    instance_id: InstanceId
+    step_id: StepId
+    ends_ns: tuple[int, ...]
+    token_ids: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished:
+    """A step is over: ``len(ends_ns)`` repetitions, less those that ``StepProgressed`` told of.
+
+    ``token_ids`` has one tuple for each of the plan's ``sampled_request_ids``, of one token for each
+    repetition; None where tokens are symbolic (in simulation).
+    """
+
+    instance_id: InstanceId
+    step_id: StepId
+    ends_ns: tuple[int, ...]
+    token_ids: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """A step gave nothing: its requests' KV of this step must not be trusted."""
+
+    instance_id: InstanceId
+    step_id: StepId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KVTransferred:
+    transfer_id: TransferId
+
+
+@dataclass(frozen=True, slots=True)
+class KVTransferFailed:
+    """The transfer is over and did not succeed. Nothing writes to its blocks any more."""
+
+    transfer_id: TransferId
+    reason: str
+
+
+# --- effects ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RejectRequest:
+    """Tell the client that its request is not served; its one terminal outcome."""
+
+    request_id: RequestId
+    reason: str
+    retryable: bool  # true where the same request may succeed later
+
+
+@dataclass(frozen=True, slots=True)
+class RunStep:
+    """Run this plan, up to ``repeat_max`` times back to back, each request gaining a token each time.
+
+    A driver ends the repetition at the first step boundary after an event for the instance. With two
+    steps in flight one more repetition is by then under way; see ``StepProgressed``.
+    The last three fields are for observers; no driver needs them to run the step.
+    """
+
+    instance_id: InstanceId
+    step_id: StepId
+    plan: StepPlan
+    repeat_max: int = 1
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks_in_use: int = 0  # not counting cached blocks that nobody uses
+
+
+@dataclass(frozen=True, slots=True)
+class EmitTokens:
+    """Send tokens to clients: each of these requests got one token at each of these times."""
+
+    instance_id: InstanceId
+    step_id: StepId
+    request_ids: tuple[RequestId, ...]
+    ends_ns: tuple[int, ...]
+    token_ids: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TransferKV:
+    """Copy whole blocks between instances. ``source_block_ids[i]`` goes to ``target_block_ids[i]``."""
+
+    transfer_id: TransferId
+    request_id: RequestId
+    source_instance_id: InstanceId
+    target_instance_id: InstanceId
+    source_block_ids: tuple[BlockId, ...]
+    target_block_ids: tuple[BlockId, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTransfer:
+    """Stop a transfer. It is closed as ever, by whichever of its two events is true."""
+
+    transfer_id: TransferId
+
+
+MessageToInstance = AssignRequest | ReserveKV | AbortRequest | ReleaseKV | DecodeHere | KVReserved | HandoverFinished
+MessageToControlPlane = PrefillFinished | RequestFinished | RequestMoved | HandoverFailed
+ControlPlaneEvent = RequestArrived | RequestCancelled | InstanceJoined | InstanceLost | MessageToControlPlane
+ControlPlaneEffect = AssignRequest | ReserveKV | AbortRequest | ReleaseKV | DecodeHere | RejectRequest
+InstanceEvent = MessageToInstance | StepProgressed | StepFinished | StepFailed | KVTransferred | KVTransferFailed
+InstanceEffect = (
+    RunStep | EmitTokens | TransferKV | CancelTransfer | KVReserved | HandoverFinished | MessageToControlPlane
+)
+Event = ControlPlaneEvent | InstanceEvent
+Effect = ControlPlaneEffect | InstanceEffect

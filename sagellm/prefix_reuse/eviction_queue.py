@@ -22,6 +22,10 @@ class EvictionQueue:
         self._heap: list[tuple[Rank, int, RadixNode]] = []
         self._compact_above = _COMPACT_MIN
 
+    def __len__(self) -> int:
+        """Entries, those that are out of date included."""
+        return len(self._heap)
+
     def offer(self, node: RadixNode) -> None:
         """Queue an evictable node; to be called whenever one becomes evictable or is touched."""
         rank = self._policy.rank(node)

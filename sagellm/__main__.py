@@ -1,0 +1,5 @@
+"""``python -m sagellm`` is ``sagellm``."""
+
+from sagellm.cli import main
+
+main()

@@ -1,0 +1,120 @@
+"""``sagellm replay``: what it is told. What it does is in ``replay_run.py``."""
+
+from pathlib import Path
+
+import click
+
+from sagellm.commands.parameters import SLOParameter
+from sagellm.commands.user_error import UserError
+from sagellm.core.request import LatencySLO
+
+DEFAULT_TRACE = "azure-conv"
+DEFAULT_CLUSTERS = ("h200x4-colocated", "h200x4-pd")
+
+EPILOG = """\b
+Examples:
+  sagellm replay
+      a chat workload on four H200s, colocated against PD-disaggregated
+  sagellm replay trace.csv --cluster h200x1 --slo ttft=500ms,tpot=50ms
+      a recorded trace on one H200, with the share of requests that keep both limits
+  sagellm replay azure-code --rate 20 --limit 5000 --cluster mine.yaml --cluster h200x4-pd
+      a generated workload at 20 requests/s on your cluster, beside ours
+  sagellm replay --json result.json --requests requests.csv --report report.html
+
+\b
+TTFT is the time to the first token, TPOT the mean time per token after it, ITL each gap between tokens,
+E2E the time to the last token; goodput counts the requests per second that keep every limit of the SLO.
+With several clusters, --requests gets one more column, `cluster`, and --log and --perfetto write a file
+for each: run.jsonl becomes run.h200x4-pd.jsonl.
+"""
+
+OUTPUT_FILE = click.Path(path_type=Path, dir_okay=True)
+
+
+@click.command(epilog=EPILOG)
+@click.argument("trace", default=DEFAULT_TRACE, metavar="[TRACE]")
+@click.option(
+    "--cluster",
+    "clusters",
+    multiple=True,
+    default=DEFAULT_CLUSTERS,
+    metavar="FILE|NAME",
+    show_default=True,
+    help="A cluster file, or a name from `sagellm clusters list`; give it several times to compare.",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="REQ_PER_S",
+    help="Stretch or squeeze arrivals to this mean rate.",
+)
+@click.option(
+    "--rate-scale",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
+    help="Let requests arrive X times as fast as in the trace.",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N requests.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything that is drawn at random."
+)
+@click.option(
+    "--slo",
+    type=SLOParameter(),
+    metavar="ttft=500ms,tpot=50ms",
+    help="Limits that a request must keep to count as good.  [default: those of the cluster file]",
+)
+@click.option("--json", "json_path", type=OUTPUT_FILE, metavar="FILE", help="Write the numbers, one object per run.")
+@click.option("--requests", "requests_path", type=OUTPUT_FILE, metavar="FILE.csv", help="Write a row per request.")
+@click.option("--report", "report_path", type=OUTPUT_FILE, metavar="FILE.html", help="Write one page with charts.")
+@click.option(
+    "--log", "log_path", type=OUTPUT_FILE, metavar="FILE.jsonl", help="Write every event and effect; see `sagellm log`."
+)
+@click.option(
+    "--perfetto", "perfetto_path", type=OUTPUT_FILE, metavar="FILE.json", help="Write a timeline for ui.perfetto.dev."
+)
+@click.option("--no-fast-forward", is_flag=True, help="Visit every token; slower, and the same to the nanosecond.")
+def replay(
+    trace: str,
+    clusters: tuple[str, ...],
+    rate: float | None,
+    rate_scale: float | None,
+    limit: int | None,
+    seed: int,
+    slo: LatencySLO | None,
+    json_path: Path | None,
+    requests_path: Path | None,
+    report_path: Path | None,
+    log_path: Path | None,
+    perfetto_path: Path | None,
+    no_fast_forward: bool,
+) -> None:
+    """Replay TRACE on one or more simulated clusters, side by side.
+
+    TRACE is a file (Azure, Mooncake, Qwen-Bailian, BurstGPT, Vidur or plain CSV, or our JSON lines;
+    recognised by its content) or the name of a generator from `sagellm traces list`.
+    """
+    if rate is not None and rate_scale is not None:
+        raise UserError("--rate and --rate-scale exclude each other; give one of them")
+
+    from sagellm.commands.replay_run import OutputPaths, ReplayOptions, run_replay
+
+    run_replay(
+        ReplayOptions(
+            trace=trace,
+            clusters=clusters,
+            rate=rate,
+            rate_scale=rate_scale,
+            limit=limit,
+            seed=seed,
+            slo=slo,
+            fast_forward=not no_fast_forward,
+            outputs=OutputPaths(
+                json=json_path,
+                requests=requests_path,
+                report=report_path,
+                log=log_path,
+                perfetto=perfetto_path,
+            ),
+        )
+    )

@@ -1,0 +1,191 @@
+"""The report: one HTML page that holds all that it needs and opens without a network."""
+
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from sim.report import assets
+from sim.report.latency_charts import attainment_charts, distribution_charts, latency_run
+from sim.report.load_charts import bin_edges_s, kv_kind, load_charts, load_run, waiting_charts
+from sim.report.optional_columns import has_step_ends
+from sim.report.output_file import output_errors, replacing
+from sim.report.report_run import ReportRun, run_labels
+from sim.report.run_series import NS_PER_S
+from sim.report.svg_plot import run_class
+from sim.report.transfer_charts import transfer_charts, transfer_run
+
+DEFINITIONS = (
+    ("TTFT", "time of the first token minus arrival, as the client sees both; of completed requests."),
+    (
+        "TPOT",
+        "(E2E \u2212 TTFT) / (output tokens \u2212 1), per request. A request of one token has none: it is left out "
+        "of the distribution and passes any TPOT limit.",
+    ),
+    (
+        "ITL",
+        "every gap between two consecutive tokens of a request, each counted once. (aiperf\u2019s ITL is our TPOT.)",
+    ),
+    ("E2E", "time of the last token minus arrival; of completed requests."),
+    (
+        "SLO attainment",
+        "the share of all requests that meet every one of their limits at once. Failed and rejected requests stay "
+        "in the denominator.",
+    ),
+    ("Goodput", "requests that meet all their limits, per second from the first arrival to the last token."),
+    ("Running", "requests in the step that an instance runs. Waiting: assigned to an instance, but in no step yet."),
+    ("KV in use", "blocks held by requests when a step is launched; cached blocks that nobody uses are not counted."),
+)
+STATUS_MEANING = {
+    "measured": "step times come from measurements of this hardware and engine.",
+    "spec": "step times come from data sheets; compare runs with each other, not with a stopwatch.",
+    "estimate": "step times are estimates: never the base of a claim.",
+}
+
+NO_VALUE = "\u2013"
+SIDE_BY_SIDE_MAX = 3
+ROWS_IN_ONE_TABLE_MAX = 8
+
+
+def write_html_report(path: Path, runs: Sequence[ReportRun], verdict: str = "") -> None:
+    """Write the page for runs side by side; ``verdict`` is its opening sentence.
+
+    Raises:
+        OutputError: the file cannot be written; then nothing is left behind.
+    """
+    page = html_report(runs, verdict)
+    with replacing(path) as file, output_errors(path):
+        file.write_text(page, encoding="utf-8", newline="\n")
+
+
+def html_report(runs: Sequence[ReportRun], verdict: str = "") -> str:
+    """The page as text."""
+    files = resources.files(assets)
+    frame = Template((files / "report.html").read_text(encoding="utf-8"))
+    labels = run_labels(runs)
+    return frame.substitute(
+        title=escape("sageLLM: " + (" against ".join(labels) or "no runs")),
+        style=(files / "report.css").read_text(encoding="utf-8"),
+        script=(files / "report.js").read_text(encoding="utf-8"),
+        headline=escape(_headline(runs)),
+        verdict=f"<p class=verdict>{escape(unbroken(verdict))}</p>" if verdict else "",
+        runs=_run_key(runs, labels),
+        summary=_summary_table(runs, labels),
+        charts=_chart_sections(runs, labels),
+        provenance=_provenance(runs, labels),
+        definitions="".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in DEFINITIONS),
+    )
+
+
+def unbroken(text: str) -> str:
+    """The text with no line break between a number and its unit."""
+    return re.sub(r"(?<=\d) (?=(?:%|ns|\u00b5s|ms|s|min|h|req/s)(?!\w))", "\u00a0", text)
+
+
+def _headline(runs: Sequence[ReportRun]) -> str:
+    traces = list(dict.fromkeys(run.trace for run in runs))
+    num_runs = len(runs)
+    on = "" if not runs else f" on {runs[0].cluster}" if num_runs == 1 else f", {num_runs} runs side by side"
+    return (", ".join(traces) or "No runs") + on
+
+
+def _run_key(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
+    items = []
+    for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        status = escape(run.profile_status)
+        items.append(
+            f'<li><i class="swatch {run_class(index)}"></i>{escape(label)} <span class="status">{status}</span></li>'
+        )
+    return f'<ul class="runs">{"".join(items)}</ul>'
+
+
+def _summary_table(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
+    """Rows in the order in which they first appear; a dash where a run has no such row."""
+    names = list(dict.fromkeys(name for run in runs for name, _ in run.summary_rows))
+    if not names:
+        return ""
+    values = [dict(run.summary_rows) for run in runs]
+    rows = [
+        f"<tr><th scope=row>{escape(name)}</th>"
+        + "".join(f"<td>{escape(value.get(name, NO_VALUE))}</td>" for value in values)
+        + "</tr>"
+        for name in names
+    ]
+    head = "".join(
+        f'<th scope=col><i class="swatch {run_class(index)}"></i>{escape(label)}</th>'
+        for index, label in enumerate(labels)
+    )
+    # Two halves stand side by side in a wide window, as long as the runs leave room for it.
+    half = (len(rows) + 1) // 2 if len(runs) <= SIDE_BY_SIDE_MAX and len(rows) > ROWS_IN_ONE_TABLE_MAX else len(rows)
+    tables = "".join(
+        f'<table class="summary"><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(part)}</tbody></table>'
+        for part in (rows[:half], rows[half:])
+        if part
+    )
+    halves = " halves" if half < len(rows) else ""
+    return f'<section><h2>Summary</h2><div class="scroll{halves}">{tables}</div></section>'
+
+
+def _chart_sections(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
+    latencies = [latency_run(label, run.metrics, _duration_s(run)) for label, run in zip(labels, runs, strict=True)]
+    transfers = [transfer_run(label, run.metrics.transfers) for label, run in zip(labels, runs, strict=True)]
+    edges_s, kind = bin_edges_s(runs), kv_kind(runs)
+    loads = [load_run(label, run, edges_s, kind) for label, run in zip(labels, runs, strict=True)]
+    ends_known = all(has_step_ends(run.metrics) for run in runs)
+    held = "" if ends_known else " A value holds until the instance\u2019s next step."
+    binned = f"Line: mean over each of {len(edges_s) - 1} intervals. Shade: up to the greatest value in it.{held}"
+    return "".join(
+        (
+            _section("Latency", "Share of values at or below; further left is better.", distribution_charts(latencies)),
+            _section(
+                "Goodput against the SLO",
+                "Requests inside both limits, as one limit moves.",
+                attainment_charts(latencies),
+            ),
+            _section("Who waits, and where", binned, waiting_charts(loads)),
+            _section(
+                "Load and KV use per instance",
+                f"All panels share their axes. {binned}",
+                load_charts(loads, kind),
+                grid=False,
+            ),
+            _section("KV transfers", "From prefill to decode instances.", transfer_charts(transfers)),
+        )
+    )
+
+
+def _section(title: str, subtitle: str, charts: str, grid: bool = True) -> str:
+    if not charts:
+        return ""
+    body = f'<div class="charts">{charts}</div>' if grid else charts
+    return f'<section><h2>{escape(title)}</h2><p class="note">{escape(subtitle)}</p>{body}</section>'
+
+
+def _duration_s(run: ReportRun) -> float:
+    """First arrival to last token; 0 where no token came out."""
+    records = run.metrics.requests.values()
+    ends_ns = [record.last_token_ns for record in records if record.last_token_ns is not None]
+    if not ends_ns:
+        return 0.0
+    return (max(ends_ns) - min(record.request.arrival_ns for record in records)) / NS_PER_S
+
+
+def _provenance(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
+    items = []
+    for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        records = run.metrics.requests.values()
+        num_completed = sum(record.e2el_ns is not None for record in records)
+        num_rejected = sum(record.reject_reason is not None for record in records)
+        meaning = STATUS_MEANING.get(run.profile_status, "")
+        facts = (
+            f"Trace {run.trace}, seed {run.seed}. {len(records):,} requests: {num_completed:,} completed, "
+            f"{num_rejected:,} rejected, {len(records) - num_completed - num_rejected:,} failed; "
+            f"{run.metrics.num_steps:,} forward passes. Profile status {run.profile_status}"
+            + (f": {meaning}" if meaning else ".")
+        )
+        notes = "".join(f"<p>{escape(note)}</p>" for note in run.notes)
+        swatch = f'<i class="swatch {run_class(index)}"></i>'
+        items.append(f"<dt>{swatch}{escape(label)}</dt><dd><p>{escape(facts)}</p>{notes}</dd>")
+    return "".join(items)

@@ -1,0 +1,172 @@
+"""Charts of a run over time: load and KV use per instance, and who waits where."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sagellm.core.run_metrics import InstanceTimeline
+from sim.report.axis import Axis, Kind, format_value, time_axis, zero_axis
+from sim.report.latency_charts import Curve, figure
+from sim.report.report_run import ReportInstance, ReportRun, run_instances
+from sim.report.run_series import (
+    NS_PER_S,
+    StepFunction,
+    bin_maxima,
+    bin_means,
+    queue_steps,
+    run_bounds_ns,
+    summed,
+    timeline_steps,
+)
+from sim.report.svg_plot import Line, Plot, render_plot, run_class
+
+Floats = NDArray[np.float64]
+BINS_MAX = 240
+BINS_MIN = 40
+BINS_TOTAL = 6000
+WIDE_PANELS_MAX = 12
+
+
+@dataclass(frozen=True, slots=True)
+class BinnedSeries:
+    """A value over time: its mean and greatest value in each bin."""
+
+    mean: Floats
+    maximum: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLoad:
+    """What is drawn of one instance."""
+
+    instance: ReportInstance
+    num_running: BinnedSeries
+    kv_in_use: BinnedSeries  # blocks, or a share of 1 where the number of blocks is known
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRun:
+    """What these charts take of a run."""
+
+    label: str
+    instances: tuple[InstanceLoad, ...]
+    queued: BinnedSeries  # at the control plane
+    waiting: BinnedSeries  # on instances, summed
+    edges_s: Floats
+    duration_s: float
+
+
+def kv_kind(runs: Sequence[ReportRun]) -> Kind:
+    """KV use is a share where every instance's size is known, else a number of blocks."""
+    known = all(instance.num_blocks > 0 for run in runs for instance in run_instances(run))
+    return Kind.SHARE if known else Kind.COUNT
+
+
+def bin_edges_s(runs: Sequence[ReportRun]) -> Floats:
+    """Common to all runs, from the first arrival; fewer bins where there are many instances to draw."""
+    bounds_ns = [run_bounds_ns(run.metrics) for run in runs]
+    high_s = max(((end_ns - start_ns) / NS_PER_S for start_ns, end_ns in bounds_ns), default=0.0)
+    num_panels = max(1, sum(len(run_instances(run)) for run in runs))
+    num_bins = min(BINS_MAX, max(BINS_MIN, BINS_TOTAL // num_panels))
+    edges: Floats = np.linspace(0.0, high_s if high_s > 0 else 1.0, num_bins + 1)
+    return edges
+
+
+def load_run(label: str, run: ReportRun, edges_s: Floats, kind: Kind) -> LoadRun:
+    """One run's series, binned."""
+    start_ns, end_ns = run_bounds_ns(run.metrics)
+    timelines = run.metrics.timelines
+    empty = InstanceTimeline()
+    loads = tuple(
+        _instance_load(instance, timelines.get(instance.instance_id, empty), start_ns, edges_s, kind)
+        for instance in run_instances(run)
+    )
+    waiting = summed(timeline_steps(line, line.num_waiting, start_ns) for line in timelines.values())
+    queued = queue_steps(run.metrics, start_ns, end_ns)
+    duration_s = (end_ns - start_ns) / NS_PER_S
+    return LoadRun(label, loads, _binned(queued, edges_s), _binned(waiting, edges_s), edges_s, duration_s)
+
+
+def _binned(steps: StepFunction, edges_s: Floats, scale: float = 1.0) -> BinnedSeries:
+    return BinnedSeries(bin_means(steps, edges_s) * scale, bin_maxima(steps, edges_s) * scale)
+
+
+def _instance_load(
+    instance: ReportInstance, timeline: InstanceTimeline, start_ns: int, edges_s: Floats, kind: Kind
+) -> InstanceLoad:
+    scale = 1 / instance.num_blocks if kind is Kind.SHARE else 1.0
+    num_running = timeline_steps(timeline, timeline.num_running, start_ns)
+    kv_in_use = timeline_steps(timeline, timeline.num_blocks_in_use, start_ns)
+    return InstanceLoad(instance, _binned(num_running, edges_s), _binned(kv_in_use, edges_s, scale))
+
+
+def load_charts(runs: Sequence[LoadRun], kind: Kind) -> str:
+    """Small multiples: a row of panels per run, a panel per instance, all with the same axes."""
+    loads = [load for run in runs for load in run.instances]
+    running_max = max((float(load.num_running.maximum.max()) for load in loads), default=0.0)
+    kv_max = max((float(load.kv_in_use.maximum.max()) for load in loads), default=0.0)
+    if kind is Kind.SHARE:
+        kv_max = min(kv_max, 1.0)
+    axes = (zero_axis(Kind.COUNT, running_max, ticks_max=3), zero_axis(kind, kv_max, ticks_max=2))
+    return "".join(_run_row(run, index, axes) for index, run in enumerate(runs))
+
+
+def _run_row(run: LoadRun, run_index: int, axes: tuple[Axis, Axis]) -> str:
+    dense = " dense" if len(run.instances) > WIDE_PANELS_MAX else ""
+    panels = "".join(_panel(load, run, run_index, axes, bool(dense)) for load in run.instances)
+    if not panels:
+        panels = "<p>No instance ran a step.</p>"
+    swatch = f'<i class="swatch {run_class(run_index)}"></i>'
+    return f'<h3 class="run">{swatch}{escape(run.label)}</h3><div class="panels{dense}">{panels}</div>'
+
+
+def _panel(load: InstanceLoad, run: LoadRun, run_index: int, axes: tuple[Axis, Axis], dense: bool) -> str:
+    name, role = str(load.instance.instance_id), load.instance.role
+    x_axis = time_axis(float(run.edges_s[-1]), ticks_max=2 if dense else 4)
+    parts = []
+    for what, series, y_axis, height_px in (
+        ("running requests", load.num_running, axes[0], 84),
+        ("KV in use", load.kv_in_use, axes[1], 56),
+    ):
+        lines = _mean_and_maximum(what, run_index, run.edges_s, series)
+        last = y_axis is axes[1]
+        plot = Plot(f"{name}: {what} over time", x_axis, y_axis, height_px, lines=lines, x_labels=last)
+        parts.append(f'<p class="strip">{what}</p>{render_plot(plot)}')
+    tag = f" <span>{escape(role)}</span>" if role else ""
+    return f'<figure class="panel"><figcaption><h4>{escape(name)}{tag}</h4></figcaption>{"".join(parts)}</figure>'
+
+
+def _mean_and_maximum(name: str, run_index: int, edges_s: Floats, series: BinnedSeries) -> tuple[Line]:
+    middles_s = (edges_s[:-1] + edges_s[1:]) / 2
+    return (Line(name, run_index, middles_s, series.mean, upper=series.maximum),)
+
+
+def waiting_charts(runs: Sequence[LoadRun]) -> str:
+    """Requests in the control plane's queue, and requests that wait on instances; one line per run."""
+    return _waiting_chart(
+        "Queued at the control plane", "requests admitted but not yet assigned", runs, [run.queued for run in runs]
+    ) + _waiting_chart(
+        "Waiting on instances",
+        "requests assigned but in no step yet, all instances together",
+        runs,
+        [run.waiting for run in runs],
+    )
+
+
+def _waiting_chart(title: str, subtitle: str, runs: Sequence[LoadRun], series: Sequence[BinnedSeries]) -> str:
+    curves: list[Curve] = []
+    lines: list[Line] = []
+    for index, (run, values) in enumerate(zip(runs, series, strict=True)):
+        # The bins reach to the end of the longest run; the mean is that over the run's own length.
+        mean = float(values.mean.mean() * run.edges_s[-1]) / run.duration_s if run.duration_s > 0 else 0.0
+        cells = (format_value(Kind.COUNT, mean), format_value(Kind.COUNT, float(values.maximum.max())))
+        middles_s = (run.edges_s[:-1] + run.edges_s[1:]) / 2
+        curves.append(Curve(run.label, middles_s, values.mean, cells))
+        lines += _mean_and_maximum(run.label, index, run.edges_s, values)
+    highest = max((float(values.maximum.max()) for values in series), default=0.0)
+    x_axis = time_axis(float(runs[0].edges_s[-1]) if runs else 1.0, ticks_max=5)
+    plot = Plot(f"{title}: {subtitle}, over time", x_axis, zero_axis(Kind.COUNT, highest), 170, lines=tuple(lines))
+    return figure(title, subtitle, ("mean", "greatest"), curves, render_plot(plot))

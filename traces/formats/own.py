@@ -96,6 +96,9 @@ def _requests(body: JsonTable, content_block_size: int) -> tuple[TraceRequest, .
     arrival_ns = body.counts("arrival_ns", 0)
     body.check_order("arrival_ns", arrival_ns)
     num_prompt_tokens = body.counts("num_prompt_tokens", 1)
+    with_content = [row for row, record in enumerate(body.records) if record.get("content_ids")]
+    if with_content and not content_block_size:
+        raise body.error(with_content[0], "content_ids", "left out where the header's content_block_size is 0")
     content_ids = body.id_lists("content_ids", num_prompt_tokens, content_block_size)
     priority = body.column("priority", 0)
     previous = body.column("previous")

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from sagellm import __version__
 from sagellm.commands.clusters import clusters
@@ -23,20 +24,16 @@ Start here:
 
 
 @click.group(
-    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog=EPILOG,
 )
 @click.version_option(__version__, prog_name="sagellm")
-@click.pass_context
-def cli(context: click.Context) -> None:
+def cli() -> None:
     """One scheduling core for LLM serving: simulated on a laptop, deployed unchanged.
 
     sageLLM decides which request runs where and when. `replay` lets it decide over a recorded or
     generated trace, on a cluster that need not exist, and says what the clients would have seen.
     """
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
 
 
 for command in (replay, traces, clusters, log):
@@ -47,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process: 0 done, 1 a difference was found, 2 the user must act."""
     try:
         sys.exit(cli.main(args=arguments, prog_name="sagellm", standalone_mode=False))
+    except NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(0)
     except click.ClickException as error:
         click.echo(f"sagellm: {error.format_message()}", err=True)
         sys.exit(EXIT_CODE)

@@ -54,10 +54,10 @@ def _check_roles(cluster: ClusterDescription, parsed: ParsedYaml) -> None:
             "there are decode instances but no prefill instance, which must compute their prompts; "
             "add one with role: prefill, or make this one mixed",
         )
-    if Role.PREFILL in roles and Role.DECODE not in roles:
+    if Role.PREFILL in roles and not {Role.DECODE, Role.MIXED}.intersection(roles):
         raise parsed.error(
             ("instances", roles.index(Role.PREFILL), "role"),
-            "there are prefill instances but no decode instance, which must go on with their requests; "
+            "there are prefill instances but none that goes on with their requests; "
             "add one with role: decode, or make this one mixed",
         )
 

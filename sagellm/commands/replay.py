@@ -24,8 +24,8 @@ Examples:
 \b
 TTFT is the time to the first token, TPOT the mean time per token after it, ITL each gap between tokens,
 E2E the time to the last token; goodput counts the requests per second that keep every limit of the SLO.
-With several clusters, --requests gets one more column, `cluster`, and --log and --perfetto write a file
-for each: run.jsonl becomes run.h200x4-pd.jsonl.
+With several clusters, --requests gets one more column, `cluster`, and --log writes a file for each:
+run.jsonl becomes run.h200x4-pd.jsonl.
 """
 
 OUTPUT_FILE = click.Path(path_type=Path, dir_okay=True)
@@ -97,7 +97,8 @@ def replay(
     if rate is not None and rate_scale is not None:
         raise UserError("--rate and --rate-scale exclude each other; give one of them")
 
-    from sagellm.commands.replay_run import OutputPaths, ReplayOptions, run_replay
+    from sagellm.commands.output_set import OutputPaths
+    from sagellm.commands.replay_run import ReplayOptions, run_replay
 
     run_replay(
         ReplayOptions(

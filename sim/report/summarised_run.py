@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sagellm.core.config import Role
 from sagellm.core.identity import InstanceId
 from sagellm.core.request import LatencySLO
 from sagellm.core.run_metrics import RunMetrics
@@ -21,5 +22,6 @@ class SummarisedRun:
     log_sha256: str
     wall_s: float
     num_blocks: Mapping[InstanceId, int]  # KV blocks of each instance
+    roles: Mapping[InstanceId, Role]
     metrics: RunMetrics
     summary: RunSummary

@@ -1,5 +1,6 @@
 """Runs made by hand, for tests of what is reported about them."""
 
+from sagellm.core.config import Role
 from sagellm.core.identity import InstanceId, RequestId
 from sagellm.core.request import FinishReason, LatencySLO, RequestSpec
 from sagellm.core.run_metrics import RequestRecord, RunMetrics
@@ -52,6 +53,7 @@ def run_of(cluster: str, *records: RequestRecord, slo: LatencySLO = SLO) -> Summ
         log_sha256="0" * 64,
         wall_s=0.25,
         num_blocks={InstanceId("mixed-0"): 100},
+        roles={InstanceId("mixed-0"): Role.MIXED},
         metrics=metrics,
         summary=summarise(metrics, {InstanceId("mixed-0"): 100}),
     )

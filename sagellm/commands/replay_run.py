@@ -1,0 +1,149 @@
+"""What ``sagellm replay`` does: read, simulate cluster after cluster, compare, write.
+
+Everything that can be wrong with what the user gave is found before the first simulation begins.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from sagellm.cluster.description import ClusterDescription
+from sagellm.cluster.errors import ClusterFileError
+from sagellm.cluster.reading import read_cluster
+from sagellm.commands.output_set import OutputPaths, OutputSet, open_outputs
+from sagellm.commands.progress import progress_bar
+from sagellm.commands.trace_choice import choose_trace
+from sagellm.commands.user_error import user_errors
+from sagellm.core.request import LatencySLO
+from sim.replay import replay
+from sim.report.csv_report import write_request_rows
+from sim.report.json_report import write_json_report
+from sim.report.output_file import OutputError, output_errors
+from sim.report.summarised_run import SummarisedRun
+from sim.report.summary import summarise
+from sim.report.table import describe_slo, render_table
+from sim.report.verdict import verdict
+from traces.errors import TraceError
+from traces.request_trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayOptions:
+    """The command line of ``sagellm replay``."""
+
+    trace: str
+    clusters: tuple[str, ...]
+    rate: float | None
+    rate_scale: float | None
+    limit: int | None
+    seed: int
+    slo: LatencySLO | None
+    fast_forward: bool
+    outputs: OutputPaths
+
+
+def run_replay(options: ReplayOptions) -> None:
+    """Do it all, and print the table.
+
+    Raises:
+        UserError: something that the user gave is wrong.
+    """
+    started_s = time.perf_counter()
+    with user_errors(ClusterFileError, TraceError, OutputError):
+        clusters = [read_cluster(name) for name in options.clusters]
+        names = run_names(clusters)
+        slo = options.slo or shared_slo(clusters)
+        trace = choose_trace(
+            options.trace,
+            rate=options.rate,
+            rate_scale=options.rate_scale,
+            num_requests_max=options.limit,
+            seed=options.seed,
+        )
+        with open_outputs(options.outputs, names) as outputs:
+            runs = [
+                simulate(cluster, name, trace, slo, options, outputs.logs[index] if outputs.logs else None)
+                for index, (cluster, name) in enumerate(zip(clusters, names, strict=True))
+            ]
+            write_outputs(outputs, runs, trace)
+    click.echo(f"{len(trace.requests):,} requests of {trace.name}, seed {options.seed}; SLO: {describe_slo(slo)}")
+    for note in trace.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"\n{render_table(runs)}\n\n{verdict(runs)}")
+    click.echo(f"Took {time.perf_counter() - started_s:.1f} s.")
+
+
+def run_names(clusters: Sequence[ClusterDescription]) -> list[str]:
+    """The clusters' names, with a number after those that have occurred before."""
+    names: list[str] = []
+    for cluster in clusters:
+        num_before = sum(earlier.name == cluster.name for earlier in clusters[: len(names)])
+        names.append(f"{cluster.name}-{num_before + 1}" if num_before else cluster.name)
+    return names
+
+
+def shared_slo(clusters: Sequence[ClusterDescription]) -> LatencySLO:
+    """The first SLO that a cluster file gives. All runs are held to one, or they could not be compared."""
+    return next((cluster.slo for cluster in clusters if cluster.slo != LatencySLO()), LatencySLO())
+
+
+def simulate(
+    cluster: ClusterDescription,
+    name: str,
+    trace: Trace,
+    slo: LatencySLO,
+    options: ReplayOptions,
+    log_path: Path | None,
+) -> SummarisedRun:
+    """One run with its numbers."""
+    started_s = time.perf_counter()
+    with progress_bar(name, len(trace.requests)) as on_progress:
+        result = replay(
+            cluster,
+            trace,
+            seed=options.seed,
+            slo=slo,
+            fast_forward=options.fast_forward,
+            log_path=log_path,
+            on_progress=on_progress,
+        )
+    return SummarisedRun(
+        cluster=name,
+        trace=trace.name,
+        seed=options.seed,
+        slo=slo,
+        profile_status=result.profile_status,
+        log_sha256=result.log_sha256,
+        wall_s=time.perf_counter() - started_s,
+        num_blocks=result.num_blocks,
+        metrics=result.metrics,
+        summary=summarise(result.metrics, result.num_blocks),
+    )
+
+
+def write_outputs(outputs: OutputSet, runs: Sequence[SummarisedRun], trace: Trace) -> None:
+    """Write what was asked for, but for the logs, which are written while the simulation runs."""
+    if outputs.json is not None:
+        with output_errors(outputs.json), outputs.json.open("w", encoding="utf-8") as file:
+            write_json_report(file, runs)
+    if outputs.requests is not None:
+        with output_errors(outputs.requests), outputs.requests.open("w", encoding="utf-8", newline="") as file:
+            write_request_rows(file, runs)
+    if outputs.report is not None or outputs.perfetto is not None:
+        write_pictures(outputs, runs, trace)
+
+
+def write_pictures(outputs: OutputSet, runs: Sequence[SummarisedRun], trace: Trace) -> None:
+    """The HTML page and the Perfetto timeline; their code is loaded only where they are wanted."""
+    from sim.report.html_report import write_html_report
+    from sim.report.perfetto import write_perfetto
+    from sim.report.picture_input import report_run
+
+    report_runs = [report_run(run, trace.notes) for run in runs]
+    if outputs.report is not None:
+        write_html_report(outputs.report, report_runs, verdict(runs))
+    if outputs.perfetto is not None:
+        write_perfetto(outputs.perfetto, report_runs)

@@ -202,10 +202,10 @@ class KVCache:
         return self._matched_keys
 
     def _take(self, count: int) -> list[BlockId]:
-        num_missing = count - self._pool.num_free
-        if num_missing > 0:
-            self._pool.give_back(self._index.evict(num_missing))
-        return self._pool.take(count)
+        num_free = self._pool.num_free
+        if count <= num_free:
+            return self._pool.take(count)
+        return self._pool.take(num_free) + self._index.evict(count - num_free)
 
     def _publish_keys(self, blocks: RequestBlocks, keys: BlockKeys) -> None:
         """Pass the blocks of ``keys`` to the index, but for those whose content it has already."""

@@ -123,14 +123,14 @@ class RadixIndex:
     def evict(self, count: int) -> list[BlockId]:
         """Give up ``count`` blocks, in the policy's order of leaves, from the tail of each leaf."""
         assert count <= self.num_evictable, f"evict: {count} blocks asked for, {self.num_evictable} are evictable"
+        self.num_evictable -= count
+        self.num_cached -= count
+        self._version += 1
         evicted: list[BlockId] = []
         while len(evicted) < count:
             leaf = self._queue.first()
             assert leaf is not None, "evictable blocks without an evictable leaf"
             evicted += self._cut_tail(leaf, count - len(evicted))
-        self.num_evictable -= len(evicted)
-        self.num_cached -= len(evicted)
-        self._version += 1
         return evicted
 
     # --- checks -------------------------------------------------------------------------------------
@@ -234,6 +234,10 @@ class RadixIndex:
 
     def _cut_tail(self, leaf: RadixNode, count_max: int) -> list[BlockId]:
         """Take blocks off the end of a leaf, and the leaf off the tree where it has no more."""
+        if count_max == 1 and len(leaf.block_ids) > 1:  # what a decoding request asks for
+            leaf.end -= 1
+            leaf.keys.pop()
+            return [leaf.block_ids.pop()]
         count = min(count_max, len(leaf.block_ids))
         cut = leaf.block_ids[: -count - 1 : -1]
         first_key = leaf.keys[0]

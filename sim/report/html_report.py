@@ -9,7 +9,15 @@ from string import Template
 
 from sim.report import assets
 from sim.report.latency_charts import attainment_charts, distribution_charts, latency_run
-from sim.report.load_charts import bin_edges_s, kv_kind, load_charts, load_run, waiting_charts
+from sim.report.load_charts import (
+    BINS_MAX,
+    kv_kind,
+    load_charts,
+    load_run,
+    longest_run_s,
+    panel_bins,
+    waiting_charts,
+)
 from sim.report.optional_columns import has_step_ends
 from sim.report.output_file import output_errors, replacing
 from sim.report.report_run import ReportRun, run_labels
@@ -118,7 +126,7 @@ def _summary_table(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
         for index, label in enumerate(labels)
     )
     # Two halves stand side by side in a wide window, as long as the runs leave room for it.
-    half = (len(rows) + 1) // 2 if len(runs) <= SIDE_BY_SIDE_MAX and len(rows) > ROWS_IN_ONE_TABLE_MAX else len(rows)
+    half = _middle(names) if len(runs) <= SIDE_BY_SIDE_MAX and len(rows) > ROWS_IN_ONE_TABLE_MAX else len(rows)
     tables = "".join(
         f'<table class="summary"><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(part)}</tbody></table>'
         for part in (rows[:half], rows[half:])
@@ -128,14 +136,22 @@ def _summary_table(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
     return f'<section><h2>Summary</h2><div class="scroll{halves}">{tables}</div></section>'
 
 
+def _middle(names: Sequence[str]) -> int:
+    """Where to part the rows: about half way, but not between "metric, one" and "metric, other"."""
+    metrics = [name.split(",")[0] for name in names]
+    starts = [i for i in range(1, len(metrics)) if metrics[i] != metrics[i - 1]]
+    return min(starts, key=lambda i: abs(2 * i - len(metrics)), default=len(metrics))
+
+
 def _chart_sections(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
     latencies = [latency_run(label, run.metrics, _duration_s(run)) for label, run in zip(labels, runs, strict=True)]
     transfers = [transfer_run(label, run.metrics.transfers) for label, run in zip(labels, runs, strict=True)]
-    edges_s, kind = bin_edges_s(runs), kv_kind(runs)
-    loads = [load_run(label, run, edges_s, kind) for label, run in zip(labels, runs, strict=True)]
+    kind, num_bins = kv_kind(runs), panel_bins(runs)
+    high_s = longest_run_s(runs)
+    loads = [load_run(label, run, high_s, num_bins, kind) for label, run in zip(labels, runs, strict=True)]
     ends_known = all(has_step_ends(run.metrics) for run in runs)
     held = "" if ends_known else " A value holds until the instance\u2019s next step."
-    binned = f"Line: mean over each of {len(edges_s) - 1} intervals. Shade: up to the greatest value in it.{held}"
+    binned = f"Line: mean over each of {{}} intervals. Shade: up to the greatest value in it.{held}"
     return "".join(
         (
             _section("Latency", "Share of values at or below; further left is better.", distribution_charts(latencies)),
@@ -144,10 +160,10 @@ def _chart_sections(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
                 "Requests inside both limits, as one limit moves.",
                 attainment_charts(latencies),
             ),
-            _section("Who waits, and where", binned, waiting_charts(loads)),
+            _section("Who waits, and where", binned.format(BINS_MAX), waiting_charts(loads)),
             _section(
                 "Load and KV use per instance",
-                f"All panels share their axes. {binned}",
+                f"All panels share their axes. {binned.format(num_bins)}",
                 load_charts(loads, kind),
                 grid=False,
             ),

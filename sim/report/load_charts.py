@@ -53,6 +53,7 @@ class LoadRun:
 
     label: str
     instances: tuple[InstanceLoad, ...]
+    panel_edges_s: Floats
     queued: BinnedSeries  # at the control plane
     waiting: BinnedSeries  # on instances, summed
     edges_s: Floats
@@ -65,29 +66,40 @@ def kv_kind(runs: Sequence[ReportRun]) -> Kind:
     return Kind.SHARE if known else Kind.COUNT
 
 
-def bin_edges_s(runs: Sequence[ReportRun]) -> Floats:
-    """Common to all runs, from the first arrival; fewer bins where there are many instances to draw."""
+def longest_run_s(runs: Sequence[ReportRun]) -> float:
+    """From first arrival to last event, of the longest run: where the common time axis ends."""
     bounds_ns = [run_bounds_ns(run.metrics) for run in runs]
-    high_s = max(((end_ns - start_ns) / NS_PER_S for start_ns, end_ns in bounds_ns), default=0.0)
+    return max(((end_ns - start_ns) / NS_PER_S for start_ns, end_ns in bounds_ns), default=0.0) or 1.0
+
+
+def panel_bins(runs: Sequence[ReportRun]) -> int:
+    """Intervals of each instance's panel: fewer where there are many instances to draw."""
     num_panels = max(1, sum(len(run_instances(run)) for run in runs))
-    num_bins = min(BINS_MAX, max(BINS_MIN, BINS_TOTAL // num_panels))
-    edges: Floats = np.linspace(0.0, high_s if high_s > 0 else 1.0, num_bins + 1)
-    return edges
+    return min(BINS_MAX, max(BINS_MIN, BINS_TOTAL // num_panels))
 
 
-def load_run(label: str, run: ReportRun, edges_s: Floats, kind: Kind) -> LoadRun:
-    """One run's series, binned."""
+def load_run(label: str, run: ReportRun, high_s: float, num_panel_bins: int, kind: Kind) -> LoadRun:
+    """One run's series, binned on a time axis that ends at ``high_s``."""
+    edges_s: Floats = np.linspace(0.0, high_s, BINS_MAX + 1)
+    panel_edges_s: Floats = np.linspace(0.0, high_s, num_panel_bins + 1)
     start_ns, end_ns = run_bounds_ns(run.metrics)
     timelines = run.metrics.timelines
     empty = InstanceTimeline()
     loads = tuple(
-        _instance_load(instance, timelines.get(instance.instance_id, empty), start_ns, edges_s, kind)
+        _instance_load(instance, timelines.get(instance.instance_id, empty), start_ns, panel_edges_s, kind)
         for instance in run_instances(run)
     )
     waiting = summed(timeline_steps(line, line.num_waiting, start_ns) for line in timelines.values())
     queued = queue_steps(run.metrics, start_ns, end_ns)
-    duration_s = (end_ns - start_ns) / NS_PER_S
-    return LoadRun(label, loads, _binned(queued, edges_s), _binned(waiting, edges_s), edges_s, duration_s)
+    return LoadRun(
+        label=label,
+        instances=loads,
+        panel_edges_s=panel_edges_s,
+        queued=_binned(queued, edges_s),
+        waiting=_binned(waiting, edges_s),
+        edges_s=edges_s,
+        duration_s=(end_ns - start_ns) / NS_PER_S,
+    )
 
 
 def _binned(steps: StepFunction, edges_s: Floats, scale: float = 1.0) -> BinnedSeries:
@@ -131,7 +143,7 @@ def _panel(load: InstanceLoad, run: LoadRun, run_index: int, axes: tuple[Axis, A
         ("running requests", load.num_running, axes[0], 84),
         ("KV in use", load.kv_in_use, axes[1], 56),
     ):
-        lines = _mean_and_maximum(what, run_index, run.edges_s, series)
+        lines = _mean_and_maximum(what, run_index, run.panel_edges_s, series)
         last = y_axis is axes[1]
         plot = Plot(f"{name}: {what} over time", x_axis, y_axis, height_px, lines=lines, x_labels=last)
         parts.append(f'<p class="strip">{what}</p>{render_plot(plot)}')
@@ -165,7 +177,10 @@ def _waiting_chart(title: str, subtitle: str, runs: Sequence[LoadRun], series: S
         cells = (format_value(Kind.COUNT, mean), format_value(Kind.COUNT, float(values.maximum.max())))
         middles_s = (run.edges_s[:-1] + run.edges_s[1:]) / 2
         curves.append(Curve(run.label, middles_s, values.mean, cells))
-        lines += _mean_and_maximum(run.label, index, run.edges_s, values)
+        # A run's line ends where the run does, not at zero.
+        num_bins = max(1, int(np.searchsorted(middles_s, run.duration_s)))
+        cut = BinnedSeries(values.mean[:num_bins], values.maximum[:num_bins])
+        lines += _mean_and_maximum(run.label, index, run.edges_s[: num_bins + 1], cut)
     highest = max((float(values.maximum.max()) for values in series), default=0.0)
     x_axis = time_axis(float(runs[0].edges_s[-1]) if runs else 1.0, ticks_max=5)
     plot = Plot(f"{title}: {subtitle}, over time", x_axis, zero_axis(Kind.COUNT, highest), 170, lines=tuple(lines))

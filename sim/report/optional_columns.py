@@ -16,7 +16,7 @@ def step_spans_ns(timeline: InstanceTimeline) -> tuple[list[int], list[int]]:
     recorded: Sequence[int] | None = getattr(timeline, "end_ns", None)
     if not starts_ns:
         return [], []
-    ends_ns = list(recorded) if recorded is not None else [*starts_ns[1:], starts_ns[-1]]
+    ends_ns = list(recorded) if recorded else [*starts_ns[1:], starts_ns[-1]]
     # A step that was launched but not over when the run ended has no end.
     ends_ns += starts_ns[len(ends_ns) :]
     previous_end_ns = starts_ns[0]
@@ -29,7 +29,7 @@ def step_spans_ns(timeline: InstanceTimeline) -> tuple[list[int], list[int]]:
 def num_repeats(timeline: InstanceTimeline) -> Sequence[int] | None:
     """How many forward passes each entry stands for; None: not recorded."""
     recorded: Sequence[int] | None = getattr(timeline, "num_repeats", None)
-    return recorded
+    return recorded if recorded is not None and len(recorded) == len(timeline.time_ns) else None
 
 
 def first_scheduled_ns(record: RequestRecord) -> int | None:
@@ -46,4 +46,4 @@ def transfer_request_id(transfer: TransferRecord) -> RequestId | None:
 
 def has_step_ends(metrics: RunMetrics) -> bool:
     """True where every instance's timeline says when its steps ended."""
-    return all(getattr(timeline, "end_ns", None) is not None for timeline in metrics.timelines.values())
+    return all(getattr(timeline, "end_ns", None) or not timeline.time_ns for timeline in metrics.timelines.values())

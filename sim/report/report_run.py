@@ -71,7 +71,7 @@ def report_runs(runs: Sequence[SummarisedRun]) -> tuple[ReportRun, ...]:
             profile_status=run.profile_status,
             metrics=run.metrics,
             summary_rows=tuple((name, row.cells[column]) for name, row in zip(names, rows, strict=True)),
-            instances=tuple(ReportInstance(name, num_blocks=count) for name, count in run.num_blocks.items()),
+            instances=tuple(ReportInstance(name, run.roles[name], count) for name, count in run.num_blocks.items()),
         )
         for column, run in enumerate(runs)
     )

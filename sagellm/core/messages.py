@@ -7,7 +7,11 @@ message *after* the instant in which it was sent.
 
 An effect that takes time carries an id, and exactly one later event closes it: ``RunStep`` is closed
 by ``StepFinished`` or ``StepFailed``; ``TransferKV`` by ``KVTransferred`` or ``KVTransferFailed``,
-which both ends of the transfer receive.
+which its source receives.
+
+What a driver owes the machines: messages between two machines arrive in order and later than they
+were sent; ``InstanceLost`` comes after all messages that the instance had sent, and when no transfer
+from or to it writes any more (transfers to it fail).
 """
 
 from dataclasses import dataclass
@@ -38,9 +42,9 @@ class InstanceJoined:
 
     instance_id: InstanceId
     role: Role
-    num_blocks: int
-    block_size: int
+    num_token_slots: int  # KV tokens that it can hold
     max_num_seqs: int
+    max_num_batched_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,11 @@ class EmittedOutput:
 
 @dataclass(frozen=True, slots=True)
 class InstanceLost:
-    """An instance died. ``emitted`` names each of its unfinished requests with output already sent."""
+    """An instance died.
+
+    ``emitted`` has the output that clients already have of each unfinished request that the instance
+    was ever told of, wherever that output came from.
+    """
 
     instance_id: InstanceId
     emitted: tuple[EmittedOutput, ...] = ()
@@ -304,7 +312,14 @@ ControlPlaneEvent = RequestArrived | RequestCancelled | InstanceJoined | Instanc
 ControlPlaneEffect = AssignRequest | ReserveKV | AbortRequest | ReleaseKV | DecodeHere | RejectRequest
 InstanceEvent = MessageToInstance | StepProgressed | StepFinished | StepFailed | KVTransferred | KVTransferFailed
 InstanceEffect = (
-    RunStep | EmitTokens | TransferKV | CancelTransfer | KVReserved | HandoverFinished | MessageToControlPlane
+    RunStep
+    | EmitTokens
+    | TransferKV
+    | CancelTransfer
+    | KVReserved
+    | HandoverFinished
+    | ReleaseKV
+    | MessageToControlPlane
 )
 Event = ControlPlaneEvent | InstanceEvent
 Effect = ControlPlaneEffect | InstanceEffect

@@ -25,12 +25,14 @@ class StepPlan:
 
     ``decode_request_ids`` get one token each and sample one each. ``new_block_ids`` extends block
     tables: blocks that a request got since the last plan that named it, in table order.
+    ``preempted_request_ids`` lost their blocks when this plan was made.
     """
 
     decode_request_ids: tuple[RequestId, ...]
     num_decode_context_tokens: int  # KV tokens that the decodes read, summed, before this step
     chunks: tuple[TokenChunk, ...]
     new_block_ids: tuple[tuple[RequestId, tuple[BlockId, ...]], ...]
+    preempted_request_ids: tuple[RequestId, ...] = ()
 
     @property
     def num_tokens(self) -> int:

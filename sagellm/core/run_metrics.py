@@ -1,5 +1,7 @@
 """What a run came to: the values that the fold over its log yields. See ``metrics.py`` for the fold."""
 
+from __future__ import annotations
+
 from array import array
 from dataclasses import dataclass, field
 

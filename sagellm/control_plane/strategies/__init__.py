@@ -1,0 +1,1 @@
+"""In which order the queue is served. Each strategy is one small class, chosen by name."""

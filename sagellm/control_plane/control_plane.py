@@ -1,0 +1,357 @@
+"""The cluster's one control plane as a state machine: who is admitted, when, and where it runs.
+
+It owns a request while it queues; an instance owns it once assigned, until it says that the request
+ended or moved. So each accepted request has one owner at any time, and exactly one terminal outcome.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import assert_never
+
+from sagellm.control_plane.fleet import Fleet
+from sagellm.control_plane.instance_view import InstanceView
+from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
+from sagellm.control_plane.strategies.base import make_strategy
+from sagellm.core.config import ControlPlaneConfig, HandoverStart
+from sagellm.core.identity import InstanceId, RequestId
+from sagellm.core.messages import (
+    AbortRequest,
+    AssignRequest,
+    ControlPlaneEffect,
+    ControlPlaneEvent,
+    DecodeHere,
+    HandoverFailed,
+    InstanceJoined,
+    InstanceLost,
+    PrefillFinished,
+    RejectRequest,
+    ReleaseKV,
+    RequestArrived,
+    RequestCancelled,
+    RequestFinished,
+    RequestMoved,
+    ReserveKV,
+)
+from sagellm.core.randomness import Rng
+from sagellm.core.request import RequestSpec
+
+_EWMA_SHARE = 0.1
+"""How much the latest prefill counts in the running mean of time per prompt token."""
+
+
+class _Stage(StrEnum):
+    QUEUED = "queued"
+    PREFILL = "prefill"  # on an instance, first token not out
+    HANDOVER = "handover"  # prefilled; on its way to a decode instance
+    DECODE = "decode"
+
+
+@dataclass(slots=True)
+class _Request:
+    queued: QueuedRequest
+    stage: _Stage = _Stage.QUEUED
+    view: InstanceView | None = None  # its owner
+    hand_over: bool = False
+    target: InstanceView | None = None  # where its KV is to go
+    attempt: int = 0  # hand-overs of this request so far
+    num_runs: int = 0  # assignments
+    assigned_ns: int = 0
+    cancelled: bool = False
+    num_prefill_tokens: int = 0  # of it counted in the owner's view
+
+    @property
+    def spec(self) -> RequestSpec:
+        return self.queued.spec
+
+
+class ControlPlane:
+    """See the module. ``rng`` is the source of chance of routing policies that need one."""
+
+    def __init__(self, config: ControlPlaneConfig, rng: Rng) -> None:
+        self.config = config
+        self._queue = make_strategy(config.strategy)
+        self._fleet = Fleet(config, rng)
+        self._requests: dict[RequestId, _Request] = {}
+        self._inbox: list[ControlPlaneEvent] = []
+        self._prefill_ns_per_token = 0.0
+        self._now_ns = 0
+
+    # --- the three methods ---------------------------------------------------------------------------
+
+    def handle(self, event: ControlPlaneEvent, now_ns: int) -> None:
+        """Record what happened. Decides nothing."""
+        assert now_ns >= self._now_ns, f"time ran backwards: {now_ns} after {self._now_ns}"
+        self._now_ns = now_ns
+        self._inbox.append(event)
+
+    def poll(self, now_ns: int) -> tuple[ControlPlaneEffect, ...]:
+        """Decide. To be called once per drained instant in which something was handled."""
+        assert now_ns >= self._now_ns, f"time ran backwards: {now_ns} after {self._now_ns}"
+        self._now_ns = now_ns
+        effects: list[ControlPlaneEffect] = []
+        inbox, self._inbox = self._inbox, []
+        for event in inbox:
+            self._take_in(event, effects)
+        if len(self._queue):
+            self._dispatch(effects)
+        return tuple(effects)
+
+    def deadline_ns(self) -> int | None:
+        """None: it acts only on events."""
+        return None
+
+    # --- events ----------------------------------------------------------------------------------------
+
+    def _take_in(self, event: ControlPlaneEvent, effects: list[ControlPlaneEffect]) -> None:
+        match event:
+            case RequestArrived(request=spec):
+                self._admit(spec, effects)
+            case PrefillFinished():
+                self._prefilled(event, effects)
+            case RequestFinished():
+                self._finished(event)
+            case RequestMoved():
+                self._moved(event, effects)
+            case RequestCancelled(request_id=request_id):
+                self._cancel(request_id, effects)
+            case HandoverFailed():
+                self._handover_failed(event, effects)
+            case InstanceJoined():
+                self._fleet.join(event)
+            case InstanceLost():
+                self._lose(event, effects)
+            case _:
+                assert_never(event)
+
+    def _admit(self, spec: RequestSpec, effects: list[ControlPlaneEffect]) -> None:
+        if spec.request_id in self._requests:
+            # Its namesake goes on; the one terminal outcome of that id is still to come.
+            return
+        reason, retryable = self._refusal(spec)
+        if reason is not None:
+            effects.append(RejectRequest(spec.request_id, reason, retryable))
+            return
+        request = _Request(QueuedRequest(spec))
+        self._requests[spec.request_id] = request
+        self._queue.push(request.queued)
+
+    def _refusal(self, spec: RequestSpec) -> tuple[str | None, bool]:
+        """Why a request cannot be accepted, and whether trying again later may help."""
+        num_tokens = spec.num_prompt_tokens + spec.max_output_tokens
+        what = f"{spec.num_prompt_tokens} prompt + {spec.max_output_tokens} output tokens"
+        if self.config.max_model_len and num_tokens > self.config.max_model_len:
+            return f"{what} exceed max_model_len {self.config.max_model_len}", False
+        if not self._fleet.views:
+            return "no instance is left to serve it", True
+        if num_tokens > self._fleet.num_slots_max:
+            return f"{what} exceed the KV cache of every instance ({self._fleet.num_slots_max} tokens)", False
+        if len(self._queue) >= self.config.queue_max:
+            return f"the queue is full ({self.config.queue_max} requests)", True
+        return None, False
+
+    def _prefilled(self, event: PrefillFinished, effects: list[ControlPlaneEffect]) -> None:
+        request = self._owned(event.request_id, event.instance_id)
+        if request is None or request.stage is not _Stage.PREFILL:
+            return
+        self._learn(request)
+        self._prefill_is_over(request)
+        if not request.hand_over or request.spec.max_output_tokens - request.queued.num_output_tokens <= 1:
+            request.stage = _Stage.DECODE
+            return
+        request.stage = _Stage.HANDOVER
+        if request.target is None:
+            self._reserve(request, None, effects)
+
+    def _learn(self, request: _Request) -> None:
+        """Take the time from dispatch to first token into the running mean."""
+        num_tokens = request.queued.num_prefill_tokens
+        sample = (self._now_ns - request.assigned_ns) / num_tokens
+        if self._prefill_ns_per_token == 0.0:
+            self._prefill_ns_per_token = sample
+        else:
+            self._prefill_ns_per_token += _EWMA_SHARE * (sample - self._prefill_ns_per_token)
+
+    def _prefill_is_over(self, request: _Request) -> None:
+        assert request.view is not None
+        request.view.add(num_prefill_tokens=-request.num_prefill_tokens)
+        request.num_prefill_tokens = 0
+
+    def _finished(self, event: RequestFinished) -> None:
+        request = self._owned(event.request_id, event.instance_id)
+        if request is None:
+            return
+        self._leave_view(request)
+        self._leave_target(request)
+        del self._requests[event.request_id]
+
+    def _moved(self, event: RequestMoved, effects: list[ControlPlaneEffect]) -> None:
+        request = self._owned(event.request_id, event.instance_id)
+        if request is None:
+            return
+        self._leave_view(request)
+        if request.target is None or request.target.instance_id != event.target_instance_id:
+            # It moved to an instance that was lost meanwhile.
+            self._run_again(request, effects)
+            return
+        # What was counted on the target when it was chosen stays counted: it is the owner now.
+        request.view, request.target = request.target, None
+        request.stage = _Stage.DECODE
+        if request.cancelled:
+            effects.append(AbortRequest(request.view.instance_id, event.request_id))
+
+    def _cancel(self, request_id: RequestId, effects: list[ControlPlaneEffect]) -> None:
+        request = self._requests.get(request_id)
+        if request is None or request.cancelled:
+            return
+        request.cancelled = True
+        if request.view is None:
+            self._queue.remove(request_id)
+            del self._requests[request_id]
+            effects.append(RejectRequest(request_id, "cancelled by the client", retryable=False))
+        else:
+            effects.append(AbortRequest(request.view.instance_id, request_id))
+
+    # --- disaggregation ------------------------------------------------------------------------------------
+
+    def _reserve(self, request: _Request, without: InstanceId | None, effects: list[ControlPlaneEffect]) -> None:
+        """Choose the decode instance; where none can be had, the request decodes where it is."""
+        assert request.view is not None
+        request.attempt += 1
+        target = None
+        if request.attempt <= self.config.attempts_max:
+            target = self._fleet.choose_decode(request.spec, without)
+        if target is None:
+            request.hand_over = False
+            if request.stage is _Stage.HANDOVER:
+                request.stage = _Stage.DECODE
+            effects.append(DecodeHere(request.view.instance_id, request.spec.request_id))
+            return
+        request.target = target
+        target.add(num_requests=1, num_kv_tokens=request.spec.num_prompt_tokens)
+        effects.append(ReserveKV(target.instance_id, request.spec, request.view.instance_id, request.attempt))
+
+    def _handover_failed(self, event: HandoverFailed, effects: list[ControlPlaneEffect]) -> None:
+        request = self._owned(event.request_id, event.instance_id)
+        if request is None or request.target is None or event.attempt != request.attempt:
+            return
+        self._leave_target(request)
+        self._reserve(request, event.target_instance_id, effects)
+
+    # --- lost instances ------------------------------------------------------------------------------------
+
+    def _lose(self, event: InstanceLost, effects: list[ControlPlaneEffect]) -> None:
+        view = self._fleet.lose(event.instance_id)
+        if view is None:
+            return
+        for output in event.emitted:
+            known = self._requests.get(output.request_id)
+            if known is not None:
+                known.queued = QueuedRequest(known.spec, output.num_output_tokens, output.output_token_ids)
+        for request in list(self._requests.values()):
+            if request.view is view:
+                self._run_again(request, effects)
+            elif request.target is view:
+                request.target = None
+                self._reserve(request, event.instance_id, effects)
+        if not self._fleet.views:
+            self._reject_queue("no instance is left to serve it", effects)
+
+    def _run_again(self, request: _Request, effects: list[ControlPlaneEffect]) -> None:
+        """The owner is gone: queue the request once more, or end it."""
+        if request.target is not None:
+            target_id = request.target.instance_id
+            effects.append(ReleaseKV(target_id, request.spec.request_id, request.attempt))
+            self._leave_target(request)
+        request.view = None
+        request.hand_over = False
+        request.stage = _Stage.QUEUED
+        request.num_prefill_tokens = 0
+        if request.cancelled or request.num_runs >= self.config.attempts_max:
+            del self._requests[request.spec.request_id]
+            reason = "cancelled by the client" if request.cancelled else "its instance was lost, once too often"
+            effects.append(RejectRequest(request.spec.request_id, reason, retryable=not request.cancelled))
+            return
+        self._queue.push(request.queued)
+
+    def _reject_queue(self, reason: str, effects: list[ControlPlaneEffect]) -> None:
+        outlook = QueueOutlook(self._now_ns, self._prefill_ns_per_token)
+        while (queued := self._queue.next(outlook)) is not None:
+            self._queue.remove(queued.request_id)
+            del self._requests[queued.request_id]
+            effects.append(RejectRequest(queued.request_id, reason, retryable=True))
+
+    # --- dispatch ------------------------------------------------------------------------------------------
+
+    def _dispatch(self, effects: list[ControlPlaneEffect]) -> None:
+        """Send requests out, in the strategy's order, for as long as somebody has room for the next."""
+        outlook = QueueOutlook(self._now_ns, self._prefill_ns_per_token)
+        while (queued := self._queue.next(outlook)) is not None:
+            placed = self._fleet.place(queued.spec, queued.num_prefill_tokens)
+            if placed is None:
+                return
+            self._queue.served(queued.request_id)
+            self._assign(self._requests[queued.request_id], *placed, effects)
+
+    def _assign(
+        self, request: _Request, view: InstanceView, hand_over: bool, effects: list[ControlPlaneEffect]
+    ) -> None:
+        queued = request.queued
+        request.view = view
+        request.hand_over = hand_over
+        request.stage = _Stage.PREFILL
+        request.num_runs += 1
+        request.assigned_ns = self._now_ns
+        request.num_prefill_tokens = queued.num_prefill_tokens
+        view.add(
+            num_requests=1,
+            num_prefill_tokens=queued.num_prefill_tokens,
+            num_kv_tokens=queued.spec.num_prompt_tokens,
+        )
+        self._fleet.dispatched(queued.spec, view)
+        effects.append(
+            AssignRequest(view.instance_id, queued.spec, hand_over, queued.num_output_tokens, queued.output_token_ids)
+        )
+        if hand_over and self.config.handover_start is HandoverStart.STREAMED:
+            self._reserve(request, None, effects)
+
+    # --- leaves --------------------------------------------------------------------------------------------
+
+    def _owned(self, request_id: RequestId, instance_id: InstanceId) -> _Request | None:
+        """The request, if that instance is still its owner; news from a former owner is stale."""
+        request = self._requests.get(request_id)
+        if request is None or request.view is None or request.view.instance_id != instance_id:
+            return None
+        return request
+
+    def _leave_view(self, request: _Request) -> None:
+        assert request.view is not None
+        request.view.add(
+            num_requests=-1,
+            num_prefill_tokens=-request.num_prefill_tokens,
+            num_kv_tokens=-request.spec.num_prompt_tokens,
+        )
+        request.num_prefill_tokens = 0
+
+    def _leave_target(self, request: _Request) -> None:
+        if request.target is not None:
+            request.target.add(num_requests=-1, num_kv_tokens=-request.spec.num_prompt_tokens)
+            request.target = None
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests accepted and not yet at their terminal outcome."""
+        return len(self._requests) + len(self._inbox)
+
+    def check(self) -> None:
+        """Assert that views add up to the requests that they count (I3, I8)."""
+        for view in self._fleet.views.values():
+            owned = [r for r in self._requests.values() if r.view is view]
+            expected = [r for r in self._requests.values() if r.target is view]
+            assert view.num_requests == len(owned) + len(expected), f"I3: {view.instance_id} is miscounted"
+            assert view.num_prefill_tokens == sum(r.num_prefill_tokens for r in owned)
+        num_queued = sum(r.stage is _Stage.QUEUED for r in self._requests.values())
+        assert num_queued == len(self._queue), "I3: a request is in no queue, or in two"

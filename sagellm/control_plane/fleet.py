@@ -1,0 +1,106 @@
+"""The instances of a cluster, by what they can be asked, and who of them takes a request."""
+
+from collections.abc import Mapping, Sequence
+
+from sagellm.control_plane.instance_view import InstanceView
+from sagellm.control_plane.prefix_directory import PrefixDirectory, routing_keys
+from sagellm.control_plane.routing import make_routing_policy
+from sagellm.core.config import ControlPlaneConfig, Role
+from sagellm.core.identity import InstanceId
+from sagellm.core.messages import InstanceJoined
+from sagellm.core.randomness import Rng
+from sagellm.core.request import RequestSpec
+
+_NO_HITS: Mapping[InstanceId, int] = {}
+PREFIX_ENTRIES_MAX = 1_000_000
+
+
+class Fleet:
+    """Views of all instances, kept in lists by role so that choosing one builds nothing."""
+
+    def __init__(self, config: ControlPlaneConfig, rng: Rng) -> None:
+        self._config = config
+        self.views: dict[InstanceId, InstanceView] = {}
+        self._arrivals_to: Sequence[InstanceView] = ()
+        self.decodes_on: Sequence[InstanceView] = ()
+        self._is_disaggregated = False
+        self._arrival_policy = make_routing_policy(config.routing, rng)
+        self._decode_policy = make_routing_policy(config.routing, rng)
+        self._directory = PrefixDirectory(PREFIX_ENTRIES_MAX)
+        self._needs_hits = self._arrival_policy.needs_prefix_hits or config.disaggregate_min_tokens > 0
+        self.num_slots_max = 0  # KV tokens of the largest instance that can decode
+
+    def join(self, joined: InstanceJoined) -> None:
+        assert joined.instance_id not in self.views, f"{joined.instance_id} joined twice"
+        self.views[joined.instance_id] = InstanceView(joined)
+        self._sort()
+
+    def lose(self, instance_id: InstanceId) -> InstanceView | None:
+        view = self.views.pop(instance_id, None)
+        self._directory.forget(instance_id)
+        self._sort()
+        return view
+
+    def _sort(self) -> None:
+        """Who prefills and who decodes. With one of the two gone the others do both."""
+        views = list(self.views.values())
+        prefill = [view for view in views if view.role is Role.PREFILL]
+        decode = [view for view in views if view.role is Role.DECODE]
+        mixed = [view for view in views if view.role is Role.MIXED]
+        self.decodes_on = decode or mixed
+        self._arrivals_to = prefill + mixed or decode
+        self._is_disaggregated = bool(prefill) and bool(self.decodes_on)
+        if not self.decodes_on:
+            self.decodes_on = ()
+        finishing = self.decodes_on or prefill
+        self.num_slots_max = max((view.num_token_slots for view in finishing), default=0)
+
+    def place(self, request: RequestSpec, num_tokens: int) -> tuple[InstanceView, bool] | None:
+        """The instance for a request with ``num_tokens`` to prefill, and whether it hands over.
+
+        None: no instance has room at present. With disaggregation a request whose uncached prompt is
+        short goes where it decodes, and is prefilled there.
+        """
+        hits = self._hit_tokens(request) if self._needs_hits else _NO_HITS
+        limit = self._config.dispatch_tokens_max
+        if self._is_disaggregated and self._config.disaggregate_min_tokens:
+            view = self._choose(self.decodes_on, num_tokens, hits, limit)
+            if view is not None and num_tokens - hits.get(view.instance_id, 0) < self._config.disaggregate_min_tokens:
+                return view, False
+        view = self._choose(self._arrivals_to, num_tokens, hits, limit)
+        if view is None:
+            return None
+        return view, self._is_disaggregated and view.role is Role.PREFILL
+
+    def _choose(
+        self, views: Sequence[InstanceView], num_tokens: int, hits: Mapping[InstanceId, int], limit: int
+    ) -> InstanceView | None:
+        # An instance with nothing left to prefill takes even a prompt that is longer than the limit.
+        for view in views:
+            if view.num_prefill_tokens and view.num_prefill_tokens + num_tokens > limit:
+                views = [v for v in views if not v.num_prefill_tokens or v.num_prefill_tokens + num_tokens <= limit]
+                break
+        if not views:
+            return None
+        return self._arrival_policy.choose(views, num_tokens, hits)
+
+    def choose_decode(self, request: RequestSpec, without: InstanceId | None) -> InstanceView | None:
+        """Where a prefilled request goes on, ``without`` being the one that it could not reach."""
+        views = [view for view in self.decodes_on if view.instance_id != without]
+        views = [
+            view for view in views if view.num_token_slots >= request.num_prompt_tokens + request.max_output_tokens
+        ]
+        if not views:
+            return None
+        return self._decode_policy.choose(views, 0, _NO_HITS)
+
+    def dispatched(self, request: RequestSpec, view: InstanceView) -> None:
+        """The request's prefix will be in that instance's cache."""
+        if self._needs_hits:
+            self._directory.record(routing_keys(request)[0], view.instance_id)
+
+    def _hit_tokens(self, request: RequestSpec) -> Mapping[InstanceId, int]:
+        keys, block_size = routing_keys(request)
+        hits = self._directory.num_hit_blocks(keys)
+        limit = request.num_prompt_tokens - 1
+        return {instance_id: min(blocks * block_size, limit) for instance_id, blocks in hits.items()}

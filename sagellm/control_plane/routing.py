@@ -1,0 +1,105 @@
+"""Which instance takes a request. Policies are pure: they read views and say who."""
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Protocol
+
+from sagellm.control_plane.instance_view import InstanceView
+from sagellm.core.identity import InstanceId
+from sagellm.core.randomness import Rng
+
+ROUTING_NAMES = ("round_robin", "least_loaded", "power_of_two", "prefix_affinity")
+
+_LOAD = attrgetter("load")
+
+
+class RoutingPolicy(Protocol):
+    """Chooses among candidates; there is always at least one, and their order never changes."""
+
+    needs_prefix_hits: bool
+
+    def choose(
+        self, candidates: Sequence[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
+    ) -> InstanceView:
+        """``num_tokens`` are to be prefilled; ``hit_tokens`` of them are probably cached, by instance."""
+
+
+class RoundRobin:
+    """One after the other."""
+
+    needs_prefix_hits = False
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def choose(
+        self, candidates: Sequence[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
+    ) -> InstanceView:
+        view = candidates[self._next % len(candidates)]
+        self._next += 1
+        return view
+
+
+class LeastLoaded:
+    """The least `InstanceView.load`; the first of equals."""
+
+    needs_prefix_hits = False
+
+    def choose(
+        self, candidates: Sequence[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
+    ) -> InstanceView:
+        return min(candidates, key=_LOAD)
+
+
+class PowerOfTwo:
+    """The less loaded of two drawn at random (Mitzenmacher, 2001): nearly as even as looking at all."""
+
+    needs_prefix_hits = False
+
+    def __init__(self, rng: Rng) -> None:
+        self._rng = rng
+
+    def choose(
+        self, candidates: Sequence[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
+    ) -> InstanceView:
+        if len(candidates) == 1:
+            return candidates[0]
+        first = self._rng.randrange(len(candidates))
+        second = self._rng.randrange(len(candidates) - 1)
+        second += second >= first
+        return min(candidates[min(first, second)], candidates[max(first, second)], key=_LOAD)
+
+
+class PrefixAffinity:
+    """The least load once the request is there, where cached tokens are no load.
+
+    A hit of h tokens is worth exactly the h tokens of prefill that it saves: an instance is not
+    preferred for its cache when its queue costs more than the hit saves.
+    """
+
+    needs_prefix_hits = True
+
+    def choose(
+        self, candidates: Sequence[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
+    ) -> InstanceView:
+        if not hit_tokens:
+            return min(candidates, key=_LOAD)
+        return min(
+            candidates,
+            key=lambda view: view.load - hit_tokens.get(view.instance_id, 0) / view.max_num_batched_tokens,
+        )
+
+
+def make_routing_policy(name: str, rng: Rng) -> RoutingPolicy:
+    """Raises ValueError for an unknown name, naming the known ones."""
+    match name:
+        case "round_robin":
+            return RoundRobin()
+        case "least_loaded":
+            return LeastLoaded()
+        case "power_of_two":
+            return PowerOfTwo(rng)
+        case "prefix_affinity":
+            return PrefixAffinity()
+        case _:
+            raise ValueError(f"routing: {name!r}, must be one of {', '.join(ROUTING_NAMES)}")

@@ -1,0 +1,205 @@
+"""Metrics as a fold over the log: the same code for a simulated and a live run.
+
+The fold does constant work for each step in which the batch stays the same, however many requests
+are in it: requests that get a token in every step have equal gaps between tokens, so a gap is stored
+once with the number of requests that saw it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import repeat
+from operator import sub
+from typing import Any
+
+from sagellm.core.identity import InstanceId, RequestId, TransferId
+from sagellm.core.messages import (
+    AssignRequest,
+    Effect,
+    EmitTokens,
+    Event,
+    KVTransferFailed,
+    KVTransferred,
+    RejectRequest,
+    RequestArrived,
+    RequestFinished,
+    RunStep,
+    StepFinished,
+    StepProgressed,
+    TransferKV,
+)
+from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics, TransferRecord
+
+
+@dataclass(slots=True)
+class _Lockstep:
+    """The requests that got their last token from the instance's latest emission."""
+
+    request_ids: tuple[RequestId, ...] = ()
+    members: frozenset[RequestId] = field(default=frozenset())
+    last_ns: int = 0
+    num_tokens: int = 0  # that a member got which was there from the start
+    joined_at: dict[RequestId, int] = field(default_factory=dict)  # num_tokens when the member came
+
+
+class MetricsFold:
+    """Takes the log record by record; `metrics` is the result so far."""
+
+    def __init__(self) -> None:
+        self.metrics = RunMetrics()
+        self._lockstep: dict[InstanceId, _Lockstep] = {}
+        self._transfers: dict[TransferId, TransferRecord] = {}
+        self._queued: dict[RequestId, None] = {}
+        self._handlers: dict[type, Callable[[int, Any], None]] = {
+            RequestArrived: self._arrived,
+            AssignRequest: self._assigned,
+            RejectRequest: self._rejected,
+            RunStep: self._step_launched,
+            StepProgressed: self._step_returned,
+            StepFinished: self._step_returned,
+            EmitTokens: self._emitted,
+            RequestFinished: self._finished,
+            TransferKV: self._transfer_started,
+            KVTransferred: self._transfer_ended,
+            KVTransferFailed: self._transfer_failed,
+        }
+
+    def observe(self, now_ns: int, record: Event | Effect) -> None:
+        """Take one record of the log: an event when it was handled, or an effect when it was given.
+
+        A message is observed once, as the effect of its sender.
+        """
+        handler = self._handlers.get(type(record))
+        if handler is not None:
+            handler(now_ns, record)
+
+    def _arrived(self, now_ns: int, event: RequestArrived) -> None:
+        request = event.request
+        self.metrics.requests[request.request_id] = RequestRecord(request)
+        self._queued[request.request_id] = None
+        self._note_queue_depth(now_ns)
+
+    def _assigned(self, now_ns: int, effect: AssignRequest) -> None:
+        self._queued.pop(effect.request.request_id, None)
+        self._note_queue_depth(now_ns)
+
+    def _note_queue_depth(self, now_ns: int) -> None:
+        metrics = self.metrics
+        if metrics.queue_time_ns and metrics.queue_time_ns[-1] == now_ns:
+            metrics.queue_depth[-1] = len(self._queued)
+        else:
+            metrics.queue_time_ns.append(now_ns)
+            metrics.queue_depth.append(len(self._queued))
+
+    def _rejected(self, now_ns: int, effect: RejectRequest) -> None:
+        self.metrics.requests[effect.request_id].reject_reason = effect.reason
+        if self._queued.pop(effect.request_id, 0) is None:
+            self._note_queue_depth(now_ns)
+
+    def _step_launched(self, now_ns: int, effect: RunStep) -> None:
+        metrics, plan = self.metrics, effect.plan
+        timeline = metrics.timelines.get(effect.instance_id)
+        if timeline is None:
+            timeline = metrics.timelines[effect.instance_id] = InstanceTimeline()
+        num_prefill_tokens = 0
+        for chunk in plan.chunks:
+            num_prefill_tokens += chunk.num_tokens
+            record = metrics.requests[chunk.request_id]
+            if record.prefill_instance is None:
+                record.prefill_instance = effect.instance_id
+                record.num_cached_tokens = chunk.num_computed_tokens
+                metrics.num_prompt_tokens_queried += record.request.num_prompt_tokens
+                metrics.num_prompt_tokens_hit += chunk.num_computed_tokens
+        metrics.num_preemptions += len(plan.preempted_request_ids)
+        timeline.time_ns.append(now_ns)
+        timeline.num_running.append(effect.num_running)
+        timeline.num_waiting.append(effect.num_waiting)
+        timeline.num_blocks_in_use.append(effect.num_blocks_in_use)
+        timeline.num_prefill_tokens.append(num_prefill_tokens)
+        timeline.num_decode_seqs.append(len(plan.decode_request_ids))
+
+    def _step_returned(self, now_ns: int, event: StepFinished | StepProgressed) -> None:
+        self.metrics.num_steps += len(event.ends_ns)
+
+    def _emitted(self, now_ns: int, effect: EmitTokens) -> None:
+        lockstep = self._lockstep.get(effect.instance_id)
+        if lockstep is None:
+            lockstep = self._lockstep[effect.instance_id] = _Lockstep()
+        ends_ns, request_ids = effect.ends_ns, effect.request_ids
+        num_in_lockstep = len(request_ids)
+        if request_ids is not lockstep.request_ids:
+            num_in_lockstep -= self._change_lockstep(lockstep, effect)
+        metrics = self.metrics
+        if num_in_lockstep:
+            metrics.itl_ns.append(ends_ns[0] - lockstep.last_ns)
+            metrics.itl_count.append(num_in_lockstep)
+        if len(ends_ns) > 1:
+            metrics.itl_ns.extend(map(sub, ends_ns[1:], ends_ns))
+            metrics.itl_count.extend(repeat(len(request_ids), len(ends_ns) - 1))
+        lockstep.last_ns = ends_ns[-1]
+        lockstep.num_tokens += len(ends_ns)
+
+    def _change_lockstep(self, lockstep: _Lockstep, effect: EmitTokens) -> int:
+        """Settle who came and who went; how many came."""
+        metrics, members = self.metrics, frozenset(effect.request_ids)
+        for request_id in lockstep.request_ids:
+            if request_id not in members:
+                record = metrics.requests[request_id]
+                record.last_token_ns = lockstep.last_ns
+                num_emitted = lockstep.num_tokens - lockstep.joined_at.pop(request_id)
+                if record.finish_reason is None:
+                    record.num_output_tokens += num_emitted
+        num_joined = 0
+        first_ns = effect.ends_ns[0]
+        for request_id in effect.request_ids:
+            if request_id in lockstep.members:
+                continue
+            num_joined += 1
+            lockstep.joined_at[request_id] = lockstep.num_tokens
+            record = metrics.requests[request_id]
+            if record.first_token_ns is None:
+                record.first_token_ns = first_ns
+            else:
+                metrics.itl_ns.append(first_ns - self._last_token_ns(request_id, record))
+                metrics.itl_count.append(1)
+            record.decode_instance = effect.instance_id
+        lockstep.request_ids, lockstep.members = effect.request_ids, members
+        return num_joined
+
+    def num_emitted(self, request_id: RequestId) -> int:
+        """Output tokens of an unfinished request that have gone to its client."""
+        record = self.metrics.requests[request_id]
+        num_emitted = record.num_output_tokens
+        for lockstep in self._lockstep.values():
+            if request_id in lockstep.members:
+                num_emitted += lockstep.num_tokens - lockstep.joined_at[request_id]
+        return num_emitted
+
+    def _last_token_ns(self, request_id: RequestId, record: RequestRecord) -> int:
+        """When a request that has tokens got its last one."""
+        assert record.decode_instance is not None
+        former = self._lockstep[record.decode_instance]
+        if request_id in former.members:
+            return former.last_ns
+        assert record.last_token_ns is not None
+        return record.last_token_ns
+
+    def _finished(self, now_ns: int, effect: RequestFinished) -> None:
+        record = self.metrics.requests[effect.request_id]
+        record.finish_reason = effect.reason
+        record.num_output_tokens = effect.num_output_tokens
+        if record.first_token_ns is not None:
+            record.last_token_ns = self._last_token_ns(effect.request_id, record)
+
+    def _transfer_started(self, now_ns: int, effect: TransferKV) -> None:
+        transfer = TransferRecord(
+            effect.source_instance_id, effect.target_instance_id, effect.num_bytes, start_ns=now_ns
+        )
+        self._transfers[effect.transfer_id] = transfer
+        self.metrics.transfers.append(transfer)
+
+    def _transfer_ended(self, now_ns: int, event: KVTransferred) -> None:
+        self._transfers.pop(event.transfer_id).end_ns = now_ns
+
+    def _transfer_failed(self, now_ns: int, event: KVTransferFailed) -> None:
+        transfer = self._transfers.pop(event.transfer_id)
+        transfer.end_ns, transfer.failed = now_ns, True

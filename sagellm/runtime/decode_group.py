@@ -1,0 +1,110 @@
+"""Requests that each gain one token in every step, kept so that a step costs nothing per request.
+
+An instance counts its steps: its *clock*. Every member of the group is in every step, so what a
+member has computed is ``base_computed + (clock - join_clock)``, and so on for its output tokens, the
+step in which it needs its next block, and the step that is its last. Advancing all members by k
+steps is then one addition.
+"""
+
+from collections.abc import Iterable
+from heapq import heappop, heappush
+
+from sagellm.core.identity import RequestId
+from sagellm.runtime.local_request import LocalRequest, RequestState
+
+
+class DecodeGroup:
+    """The members, in the order in which they joined."""
+
+    __slots__ = ("_by_growth", "_context_offset", "_finish_heap", "_request_ids", "block_size", "members")
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.members: dict[RequestId, LocalRequest] = {}
+        self._request_ids: tuple[RequestId, ...] | None = ()
+        self._context_offset = 0
+        # Members by the step, modulo the block size, in which they need a new block.
+        self._by_growth: list[dict[RequestId, LocalRequest]] = [{} for _ in range(block_size)]
+        # (finish clock, sequence, join clock, member); entries of members that left early are stale.
+        self._finish_heap: list[tuple[int, int, int, LocalRequest]] = []
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def request_ids(self) -> tuple[RequestId, ...]:
+        """The same tuple for as long as the members stay the same."""
+        if self._request_ids is None:
+            self._request_ids = tuple(self.members)
+        return self._request_ids
+
+    def join(self, request: LocalRequest, clock: int, *, base_computed: int, base_output: int) -> None:
+        """From step ``clock + 1`` on the request takes part, with ``base_computed`` tokens computed.
+
+        ``base_output`` output tokens will have come back when step ``clock`` has.
+        """
+        request.join_clock = clock
+        request.base_computed = base_computed
+        request.base_output = base_output
+        request.finish_clock = clock + request.spec.max_output_tokens - base_output
+        assert request.finish_clock > clock
+        self.members[request.request_id] = request
+        self._request_ids = None
+        self._context_offset += base_computed - clock
+        self._by_growth[(1 + clock - base_computed) % self.block_size][request.request_id] = request
+        heappush(self._finish_heap, (request.finish_clock, request.sequence, clock, request))
+
+    def leave(self, request: LocalRequest) -> None:
+        del self.members[request.request_id]
+        self._request_ids = None
+        self._context_offset -= request.base_computed - request.join_clock
+        del self._by_growth[(1 + request.join_clock - request.base_computed) % self.block_size][request.request_id]
+
+    def num_context_tokens(self, clock: int) -> int:
+        """Tokens computed for all members together once step ``clock`` has run."""
+        return self._context_offset + len(self.members) * clock
+
+    def growing(self, clock: int) -> dict[RequestId, LocalRequest]:
+        """Members that need one more block for step ``clock``."""
+        return self._by_growth[clock % self.block_size]
+
+    def num_returned_output(self, request: LocalRequest, done_clock: int) -> int:
+        """Output tokens of a member, or former member, that have come back once step ``done_clock`` has."""
+        if done_clock < request.join_clock:
+            return request.num_output_tokens
+        return request.base_output + min(done_clock, request.finish_clock) - request.join_clock
+
+    def next_finish_clock(self) -> int | None:
+        """The first step that is some member's last."""
+        heap = self._finish_heap
+        while heap:
+            finish_clock, _, join_clock, request = heap[0]
+            if request.state is RequestState.DECODING and request.join_clock == join_clock:
+                return finish_clock
+            heappop(heap)
+        return None
+
+    def pop_fully_planned(self, clock: int) -> Iterable[LocalRequest]:
+        """Remove and give, in order, members whose last step is ``clock`` or earlier."""
+        while (finish_clock := self.next_finish_clock()) is not None and finish_clock <= clock:
+            request = heappop(self._finish_heap)[3]
+            self.leave(request)
+            yield request
+
+    def repeat_max(self, clock: int, num_blocks_available: int, repeat_max: int) -> int:
+        """How many steps, from ``clock`` on, can be repeated without asking for a block in vain.
+
+        Blocks for step ``clock`` itself are already there.
+        """
+        num_members = len(self.members)
+        # Each member needs one block in every block_size steps.
+        num_safe = (num_blocks_available // num_members) * self.block_size + 1 if num_members else repeat_max
+        if num_safe >= repeat_max:
+            return repeat_max
+        num_left, repeats = num_blocks_available, 1
+        while repeats < repeat_max:
+            num_left -= len(self.growing(clock + repeats))
+            if num_left < 0:
+                break
+            repeats += 1
+        return repeats

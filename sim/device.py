@@ -1,0 +1,211 @@
+"""A simulated device and its host: launched steps take the time that the cost model says.
+
+The host is serial: it prepares one step after the other, each for ``StepCost.host_fs``. The device
+is serial too, and starts a step when it is prepared and the one before is done. With two steps in
+flight the host's share hides behind the device; with one it adds up. Nothing else tells synchronous
+from asynchronous scheduling.
+
+Both keep their own time in femtoseconds, of which the run's clock sees the next nanosecond, so that
+k steps in one jump end exactly where k single steps do.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from math import isqrt
+
+from sagellm.core.messages import RunStep, StepFailed, StepFinished, StepProgressed
+from sagellm.cost_model.step_cost import FEMTOSECONDS_PER_NANOSECOND, StepCostModel, StepFeatures
+
+StepReport = StepFinished | StepProgressed | StepFailed
+
+
+class _Launched:
+    """One ``RunStep`` on the device. Repetition i (from 1) ends at `end_fs`."""
+
+    __slots__ = (
+        "behind_ns",
+        "gap_fs",
+        "generation",
+        "growth_fs",
+        "is_open",
+        "num_reported",
+        "num_to_run",
+        "period_fs",
+        "start_fs",
+        "step",
+    )
+
+    def __init__(
+        self, step: RunStep, start_fs: int, device_fs: int, growth_fs: int, gap_fs: int, behind_ns: int
+    ) -> None:
+        self.step = step
+        self.start_fs = start_fs
+        self.period_fs = device_fs + gap_fs
+        self.growth_fs = growth_fs
+        self.gap_fs = gap_fs  # what the host takes between repetitions, where it does not hide
+        self.behind_ns = behind_ns  # end of the step before it; -1: it was launched on an idle device
+        self.num_to_run = 1
+        self.num_reported = 0
+        self.is_open = False  # more repetitions may follow than are committed
+        self.generation = 0  # reports that were scheduled before the latest change are void
+
+    def end_fs(self, repetition: int) -> int:
+        return (
+            self.start_fs
+            - self.gap_fs
+            + repetition * self.period_fs
+            + self.growth_fs * (repetition * (repetition - 1) // 2)
+        )
+
+    def first_end_after(self, time_fs: int) -> int:
+        """The first repetition, 1 at least, that ends later than ``time_fs``."""
+        work_fs = time_fs - self.start_fs + self.gap_fs
+        if work_fs < self.period_fs:
+            return 1
+        if self.growth_fs:
+            # The positive root of growth/2 i^2 + (period - growth/2) i = work.
+            linear = 2 * self.period_fs - self.growth_fs
+            root = isqrt(linear * linear + 8 * self.growth_fs * work_fs)
+            repetition = max(1, (root - linear) // (2 * self.growth_fs))
+        else:
+            repetition = max(1, work_fs // self.period_fs)
+        while self.end_fs(repetition) <= time_fs:
+            repetition += 1
+        return repetition
+
+    def take_ends_ns(self, up_to: int) -> tuple[int, ...]:
+        """When the repetitions not yet reported ended, up to and with ``up_to``."""
+        first, self.num_reported = self.num_reported + 1, up_to
+        return tuple(-(-self.end_fs(i) // FEMTOSECONDS_PER_NANOSECOND) for i in range(first, up_to + 1))
+
+
+class SimDevice:
+    """Runs the steps of one instance. ``schedule(at_ns, call)`` is the driver's timer."""
+
+    def __init__(
+        self,
+        cost_model: StepCostModel,
+        steps_in_flight_max: int,
+        schedule: Callable[[int, Callable[[], None]], None],
+        report: Callable[[StepReport], None],
+    ) -> None:
+        self._cost_model = cost_model
+        self._is_synchronous = steps_in_flight_max == 1
+        self._schedule = schedule
+        self._report = report
+        self._launched: deque[_Launched] = deque()
+        self._host_free_fs = 0
+        self._device_free_fs = 0  # end of the last committed execution
+        self._last_end_fs = 0  # end of the last execution that is over
+        self.slowdown = 1  # a straggler's device takes so many times as long
+        self.fails_next = False  # the next step to end fails
+
+    def launch(self, step: RunStep, now_ns: int) -> None:
+        """Queue a step behind those in flight."""
+        plan = step.plan
+        cost = self._cost_model.step_cost(
+            StepFeatures(
+                len(plan.decode_request_ids),
+                plan.num_decode_context_tokens,
+                tuple((chunk.num_tokens, chunk.num_computed_tokens) for chunk in plan.chunks),
+            )
+        )
+        device_fs, growth_fs = cost.device_fs * self.slowdown, cost.device_growth_fs * self.slowdown
+        ready_fs = max(self._exact_fs(now_ns), self._host_free_fs) + cost.host_fs
+        self._host_free_fs = ready_fs
+        start_fs = max(ready_fs, self._device_free_fs)
+        gap_fs = cost.host_fs if self._is_synchronous else 0
+        behind_ns = _to_ns(self._device_free_fs) if self._launched else -1
+        launched = _Launched(step, start_fs, device_fs, growth_fs, gap_fs, behind_ns)
+        self._launched.append(launched)
+        num_max = min(step.repeat_max, cost.linear_repeat_max)
+        if step.repeat_max == 1:
+            self._finish_at(launched, 1)
+        elif self._is_synchronous:
+            self._finish_at(launched, num_max)
+        elif num_max == 1 or cost.host_fs > device_fs:
+            # Where the host is the slower one, every step must be looked at by itself.
+            self._progress_at(launched, 0, max(behind_ns, now_ns))
+        else:
+            self._progress_at(launched, num_max - 1, _to_ns(launched.end_fs(num_max - 1)))
+        launched.is_open = step.repeat_max > 1
+
+    def interrupt(self, now_ns: int) -> None:
+        """An event came for the instance: let a repeated step end at the next boundary."""
+        if not self._launched or not self._launched[-1].is_open:
+            return
+        launched = self._launched[-1]
+        if not self._is_synchronous and launched.behind_ns >= now_ns:
+            self._progress_at(launched, 0, launched.behind_ns)
+            return
+        num_done = launched.first_end_after((now_ns - 1) * FEMTOSECONDS_PER_NANOSECOND)
+        if self._is_synchronous:
+            if num_done < launched.num_to_run:
+                self._finish_at(launched, num_done)
+        elif num_done < launched.num_to_run - 1:
+            self._progress_at(launched, num_done, _to_ns(launched.end_fs(num_done)))
+
+    def halt(self, now_ns: int) -> StepProgressed | None:
+        """The device is lost: nothing more comes from it, but for what it had done by now."""
+        report = None
+        if self._launched and self._launched[0].is_open:
+            launched = self._launched[0]
+            num_done = launched.first_end_after(now_ns * FEMTOSECONDS_PER_NANOSECOND) - 1
+            if num_done > launched.num_reported:
+                ends_ns = launched.take_ends_ns(num_done)
+                report = StepProgressed(launched.step.instance_id, launched.step.step_id, ends_ns)
+        for launched in self._launched:
+            launched.generation += 1
+        self._launched.clear()
+        return report
+
+    def _exact_fs(self, now_ns: int) -> int:
+        """What the clock shows as ``now_ns``, to the femtosecond, where the device made it so."""
+        if -(-self._last_end_fs // FEMTOSECONDS_PER_NANOSECOND) == now_ns:
+            return self._last_end_fs
+        return now_ns * FEMTOSECONDS_PER_NANOSECOND
+
+    def _progress_at(self, launched: _Launched, num_done: int, at_ns: int) -> None:
+        """With two steps in flight: at ``at_ns``, after ``num_done`` repetitions, commit just one more."""
+        launched.num_to_run = num_done + 1
+        launched.generation += 1
+        generation = launched.generation
+
+        def progress() -> None:
+            if launched.generation != generation:
+                return
+            launched.is_open = False
+            if num_done:
+                self._last_end_fs = launched.end_fs(num_done)
+            ends_ns = launched.take_ends_ns(num_done)
+            self._finish_at(launched, num_done + 1)
+            self._report(StepProgressed(launched.step.instance_id, launched.step.step_id, ends_ns))
+
+        self._schedule(at_ns, progress)
+
+    def _finish_at(self, launched: _Launched, num_repetitions: int) -> None:
+        """The step ends with this repetition."""
+        launched.num_to_run = num_repetitions
+        launched.generation += 1
+        generation = launched.generation
+        end_fs = launched.end_fs(num_repetitions)
+        self._device_free_fs = end_fs
+
+        def finish() -> None:
+            if launched.generation != generation:
+                return
+            assert self._launched[0] is launched
+            self._launched.popleft()
+            self._last_end_fs = end_fs
+            instance_id, step_id = launched.step.instance_id, launched.step.step_id
+            if self.fails_next:
+                self.fails_next = False
+                self._report(StepFailed(instance_id, step_id, "injected fault"))
+            else:
+                self._report(StepFinished(instance_id, step_id, launched.take_ends_ns(num_repetitions)))
+
+        self._schedule(_to_ns(end_fs), finish)
+
+
+def _to_ns(time_fs: int) -> int:
+    return -(-time_fs // FEMTOSECONDS_PER_NANOSECOND)

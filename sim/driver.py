@@ -1,0 +1,384 @@
+"""The simulator's driver: carries out what the machines ask for, in simulated time.
+
+Each instant goes the same way: every event of the instant is handed to its machine, then each machine
+that heard something is polled once, then its effects are carried out. Messages between machines take
+`SimCluster.message_latency_ns`, so nothing that a poll gives comes back in the same instant, and the
+order in which machines are polled makes no difference.
+"""
+
+from collections.abc import Callable, Iterable
+from random import Random
+from typing import assert_never
+
+import simpy
+
+from sagellm.control_plane.control_plane import ControlPlane
+from sagellm.core.identity import CONTROL_PLANE, InstanceId
+from sagellm.core.log import LogWriter
+from sagellm.core.messages import (
+    AbortRequest,
+    AssignRequest,
+    CancelTransfer,
+    ControlPlaneEffect,
+    ControlPlaneEvent,
+    DecodeHere,
+    EmittedOutput,
+    EmitTokens,
+    HandoverFailed,
+    HandoverFinished,
+    InstanceEffect,
+    InstanceEvent,
+    InstanceJoined,
+    InstanceLost,
+    KVReserved,
+    KVTransferFailed,
+    KVTransferred,
+    PrefillFinished,
+    RejectRequest,
+    ReleaseKV,
+    RequestArrived,
+    RequestCancelled,
+    RequestFinished,
+    RequestMoved,
+    ReserveKV,
+    RunStep,
+    TransferKV,
+)
+from sagellm.core.metrics import MetricsFold
+from sagellm.runtime.instance import Instance
+from sim.cluster import SimCluster, SimInstance
+from sim.device import SimDevice, StepReport
+from sim.network import Network
+
+_POLL_PRIORITY = 2  # after every event of the same instant, which simpy schedules at 0 or 1
+_Message = ControlPlaneEvent | InstanceEvent
+
+
+class _SimInstance:
+    """One instance with its device, and what is on its way to it."""
+
+    __slots__ = ("device", "lost", "machine", "message_clock_ns", "request_overhead_ns", "told_of")
+
+    def __init__(self, instance: SimInstance) -> None:
+        self.machine = Instance(instance.config)
+        self.request_overhead_ns = instance.cost_model.request_overhead_ns
+        self.device: SimDevice
+        self.lost = False
+        self.message_clock_ns = 0  # no message arrives before one that was sent earlier
+        self.told_of: dict[str, None] = {}  # requests that it was ever given
+
+
+class SimDriver:
+    """Runs one cluster. Hand it requests with `submit`, then `run`."""
+
+    def __init__(self, cluster: SimCluster, *, seed: int, log: LogWriter | None = None, check: bool = False) -> None:
+        self._cluster = cluster
+        self._env = simpy.Environment(initial_time=0)
+        self._fold = MetricsFold()
+        self._observe = self._fold.observe
+        self._log = log
+        self._check = check
+        self._control_plane = ControlPlane(cluster.control_plane, Random(seed))
+        self._instances: dict[InstanceId, _SimInstance] = {}
+        self._network = Network(cluster.link, self._at)
+        self._dirty: dict[InstanceId, None] = {}
+        self._poll_is_scheduled = False
+        self._outgoing: dict[tuple[InstanceId, int], list[_Message]] = {}
+        self._armed_ns: dict[InstanceId, int] = {}
+        self.on_request_over: Callable[[str, int], None] | None = None
+        for instance in cluster.instances:
+            self._join(instance)
+
+    @property
+    def metrics(self) -> MetricsFold:
+        return self._fold
+
+    @property
+    def now_ns(self) -> int:
+        return int(self._env.now)
+
+    # --- what the world does ---------------------------------------------------------------------------
+
+    def at(self, at_ns: int, call: Callable[[], None]) -> None:
+        """Call at that time; for arrivals, cancellations and faults."""
+        self._at(at_ns, call)
+
+    def submit(self, event: RequestArrived | RequestCancelled) -> None:
+        """A client asks, or goes away, now."""
+        self._observe(self.now_ns, event)
+        self._deliver(CONTROL_PLANE, event)
+
+    def fail_next_step(self, instance_id: InstanceId) -> None:
+        self._instances[instance_id].device.fails_next = True
+
+    def set_slowdown(self, instance_id: InstanceId, slowdown: int) -> None:
+        """From its next step on the instance takes so many times as long."""
+        self._instances[instance_id].device.slowdown = slowdown
+
+    def lose(self, instance_id: InstanceId, detection_ns: int = 1_000_000_000) -> None:
+        """The instance dies now; the control plane hears of it ``detection_ns`` later."""
+        instance = self._instances[instance_id]
+        if instance.lost:
+            return
+        report = instance.device.halt(self.now_ns)
+        if report is not None:
+            self._emit_last_words(instance_id, instance, report)
+        instance.lost = True
+        self._fail_transfers_of(instance_id)
+        delay_ns = max(detection_ns, 2 * self._cluster.message_latency_ns)
+        self._at(self.now_ns + delay_ns, lambda: self._report_loss(instance_id))
+
+    def run(self) -> None:
+        """Until nothing is left to happen."""
+        self._env.run()
+
+    # --- instants ----------------------------------------------------------------------------------------
+
+    def _at(self, at_ns: int, call: Callable[[], None]) -> None:
+        env = self._env
+        timeout = env.timeout(at_ns - int(env.now))
+        assert timeout.callbacks is not None
+        timeout.callbacks.append(lambda _: call())
+
+    def _deliver(self, machine_id: InstanceId, event: _Message) -> None:
+        """Hand an event to a machine; it is polled when the instant is drained."""
+        now_ns = int(self._env.now)
+        if self._log is not None:
+            self._log.event(now_ns, machine_id, event)
+        if machine_id == CONTROL_PLANE:
+            self._control_plane.handle(event, now_ns)  # type: ignore[arg-type]
+        else:
+            self._instances[machine_id].machine.handle(event, now_ns)  # type: ignore[arg-type]
+        self._dirty[machine_id] = None
+        self._schedule_poll()
+
+    def _schedule_poll(self) -> None:
+        if self._poll_is_scheduled:
+            return
+        self._poll_is_scheduled = True
+        event = simpy.Event(self._env)
+        event._ok, event._value = True, None
+        assert event.callbacks is not None
+        event.callbacks.append(self._poll_dirty)
+        self._env.schedule(event, priority=_POLL_PRIORITY)  # type: ignore[arg-type]
+
+    def _poll_dirty(self, _: simpy.Event) -> None:
+        self._poll_is_scheduled = False
+        dirty, self._dirty = self._dirty, {}
+        now_ns = int(self._env.now)
+        for machine_id in dirty:
+            if machine_id == CONTROL_PLANE:
+                self._poll_control_plane(now_ns)
+            else:
+                self._poll_instance(machine_id, now_ns)
+
+    # --- the control plane ---------------------------------------------------------------------------------
+
+    def _poll_control_plane(self, now_ns: int) -> None:
+        effects = self._control_plane.poll(now_ns)
+        if self._log is not None:
+            self._log.polled(now_ns, CONTROL_PLANE, effects)
+        if self._check:
+            self._control_plane.check()
+        for effect in effects:
+            self._observe(now_ns, effect)
+            self._perform_for_control_plane(effect, now_ns)
+
+    def _perform_for_control_plane(self, effect: ControlPlaneEffect, now_ns: int) -> None:
+        match effect:
+            case AssignRequest(instance_id=instance_id, request=request):
+                instance = self._instances[instance_id]
+                instance.told_of[request.request_id] = None
+                self._send(instance_id, effect, now_ns, instance.request_overhead_ns)
+            case ReserveKV(instance_id=instance_id, request=request):
+                self._instances[instance_id].told_of[request.request_id] = None
+                self._send(instance_id, effect, now_ns)
+            case AbortRequest() | ReleaseKV() | DecodeHere():
+                self._send(effect.instance_id, effect, now_ns)
+            case RejectRequest(request_id=request_id):
+                self._request_is_over(request_id, now_ns)
+            case _:
+                assert_never(effect)
+
+    # --- instances -------------------------------------------------------------------------------------------
+
+    def _join(self, instance: SimInstance) -> None:
+        config = instance.config
+        sim_instance = _SimInstance(instance)
+        sim_instance.device = SimDevice(
+            instance.cost_model,
+            config.steps_in_flight_max,
+            self._at,
+            lambda report: self._step_reported(config.instance_id, report),
+        )
+        self._instances[config.instance_id] = sim_instance
+        self._deliver(
+            CONTROL_PLANE,
+            InstanceJoined(
+                config.instance_id,
+                config.role,
+                config.num_token_slots,
+                config.max_num_seqs,
+                config.max_num_batched_tokens,
+            ),
+        )
+
+    def _step_reported(self, instance_id: InstanceId, report: StepReport) -> None:
+        self._observe(int(self._env.now), report)
+        self._deliver(instance_id, report)
+
+    def _poll_instance(self, instance_id: InstanceId, now_ns: int) -> None:
+        instance = self._instances[instance_id]
+        if instance.lost:
+            return
+        effects = instance.machine.poll(now_ns)
+        if self._log is not None:
+            self._log.polled(now_ns, instance_id, effects)
+        if self._check:
+            instance.machine.check()
+        observe = self._observe
+        for effect in effects:
+            observe(now_ns, effect)
+            self._perform_for_instance(instance, effect, now_ns)
+        deadline_ns = instance.machine.deadline_ns()
+        if deadline_ns is not None:
+            self._arm(instance_id, deadline_ns)
+
+    def _perform_for_instance(self, instance: _SimInstance, effect: InstanceEffect, now_ns: int) -> None:
+        match effect:
+            case RunStep():
+                instance.device.launch(effect, now_ns)
+            case EmitTokens():
+                pass
+            case RequestFinished(request_id=request_id):
+                self._send(CONTROL_PLANE, effect, now_ns)
+                self._request_is_over(request_id, now_ns)
+            case PrefillFinished() | RequestMoved() | HandoverFailed():
+                self._send(CONTROL_PLANE, effect, now_ns)
+            case KVReserved() | HandoverFinished() | ReleaseKV():
+                self._send(effect.instance_id, effect, now_ns)
+            case TransferKV():
+                self._start_transfer(effect, now_ns)
+            case CancelTransfer(transfer_id=transfer_id):
+                if self._network.cancel(transfer_id, now_ns):
+                    event = KVTransferFailed(transfer_id, "cancelled")
+                    self._transfer_closed(instance.machine.config.instance_id, event)
+            case _:
+                assert_never(effect)
+
+    def _start_transfer(self, effect: TransferKV, now_ns: int) -> None:
+        source_id, target_id = effect.source_instance_id, effect.target_instance_id
+        if self._instances[target_id].lost:
+            event = KVTransferFailed(effect.transfer_id, f"{target_id} is lost")
+            self._transfer_closed(source_id, event)
+            return
+
+        def done() -> None:
+            self._observe(self.now_ns, KVTransferred(effect.transfer_id))
+            self._tell(source_id, KVTransferred(effect.transfer_id))
+
+        self._network.start(effect.transfer_id, source_id, target_id, effect.num_bytes, now_ns, done)
+
+    def _transfer_closed(self, source_id: InstanceId, event: KVTransferFailed) -> None:
+        """Tell the source, a message latency later."""
+        self._observe(self.now_ns, event)
+        self._send(source_id, event, self.now_ns)
+
+    def _arm(self, instance_id: InstanceId, deadline_ns: int) -> None:
+        """Poll at the deadline, like the event that it is: a repeated step ends for it."""
+        if self._armed_ns.get(instance_id) == deadline_ns or deadline_ns <= self.now_ns:
+            return
+        self._armed_ns[instance_id] = deadline_ns
+
+        def wake() -> None:
+            instance = self._instances[instance_id]
+            if instance.machine.deadline_ns() == deadline_ns and not instance.lost:
+                instance.device.interrupt(self.now_ns)
+                self._dirty[instance_id] = None
+                self._schedule_poll()
+
+        self._at(deadline_ns, wake)
+
+    # --- messages ------------------------------------------------------------------------------------------------
+
+    def _send(self, to: InstanceId, message: _Message, now_ns: int, extra_ns: int = 0) -> None:
+        """A message arrives later than it was sent, and not before one that was sent to the same machine earlier."""
+        at_ns = now_ns + self._cluster.message_latency_ns + extra_ns
+        if to != CONTROL_PLANE:
+            instance = self._instances[to]
+            at_ns = instance.message_clock_ns = max(at_ns, instance.message_clock_ns)
+        together = self._outgoing.get((to, at_ns))
+        if together is not None:
+            together.append(message)
+            return
+        messages = self._outgoing[to, at_ns] = [message]
+
+        def arrive() -> None:
+            del self._outgoing[to, at_ns]
+            for each in messages:
+                self._tell(to, each)
+
+        self._at(at_ns, arrive)
+
+    def _tell(self, to: InstanceId, message: _Message) -> None:
+        if to != CONTROL_PLANE:
+            instance = self._instances[to]
+            if instance.lost:
+                return
+            instance.device.interrupt(int(self._env.now))
+        self._deliver(to, message)
+
+    def _request_is_over(self, request_id: str, now_ns: int) -> None:
+        if self.on_request_over is not None:
+            self.on_request_over(request_id, now_ns)
+
+    # --- losses ----------------------------------------------------------------------------------------------------
+
+    def _emit_last_words(self, instance_id: InstanceId, instance: _SimInstance, report: StepReport) -> None:
+        """Clients have the tokens of every repetition that ended before the loss."""
+        now_ns = self.now_ns
+        self._observe(now_ns, report)
+        instance.machine.handle(report, now_ns)
+        if self._log is not None:
+            self._log.event(now_ns, instance_id, report)
+        effects = instance.machine.poll(now_ns)
+        if self._log is not None:
+            self._log.polled(now_ns, instance_id, effects)
+        for effect in effects:
+            if isinstance(effect, EmitTokens):
+                self._observe(now_ns, effect)
+
+    def _fail_transfers_of(self, instance_id: InstanceId) -> None:
+        for transfer_id, source_id in self._network.transfers_of(instance_id):
+            self._network.cancel(transfer_id, self.now_ns)
+            self._transfer_closed(source_id, KVTransferFailed(transfer_id, f"{instance_id} is lost"))
+
+    def _report_loss(self, instance_id: InstanceId) -> None:
+        records = self._fold.metrics.requests
+        emitted: list[EmittedOutput] = []
+        for request_id in self._instances[instance_id].told_of:
+            record = records[request_id]  # type: ignore[index]
+            num_output_tokens = self._fold.num_emitted(record.request.request_id)
+            if record.finish_reason is None and num_output_tokens:
+                emitted.append(EmittedOutput(record.request.request_id, num_output_tokens))
+        self._deliver(CONTROL_PLANE, InstanceLost(instance_id, tuple(emitted)))
+
+
+def run_all(driver: SimDriver, arrivals: Iterable[tuple[int, RequestArrived]]) -> None:
+    """Feed arrivals in order of time, one ahead of the clock, and run to the end."""
+    pending = iter(arrivals)
+
+    def feed() -> None:
+        item = next(pending, None)
+        if item is None:
+            return
+        at_ns, event = item
+
+        def arrive() -> None:
+            driver.submit(event)
+            feed()
+
+        driver.at(at_ns, arrive)
+
+    feed()
+    driver.run()

@@ -1,27 +1,46 @@
 """What must hold in a cluster file beyond its shape: names that exist, roles that fit, a model that fits."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
-from sagellm.cluster import registries
+from backends.profile_files import list_profiles, load_profile
 from sagellm.cluster.description import ClusterDescription, InstanceGroup
 from sagellm.cluster.errors import suggestion
 from sagellm.cluster.yaml_lines import FieldPath, ParsedYaml
+from sagellm.control_plane.routing import ROUTING_NAMES
+from sagellm.control_plane.strategies.base import STRATEGY_NAMES
 from sagellm.core.config import Role
+from sagellm.cost_model.factory import make_step_cost_model
+from sagellm.cost_model.kv_capacity import kv_capacity_tokens
+from sagellm.cost_model.link import LINKS
+from sagellm.cost_model.profile import FittedProfile
+from sagellm.kv_policy.eviction import EVICTION_POLICIES
+from sagellm.models.known_models import known_model_ids, load_model
+from sagellm.models.model_shape import ModelShape
 
 
 def check_cluster(cluster: ClusterDescription, parsed: ParsedYaml) -> None:
     """Raises ClusterFileError for the first thing that is wrong."""
-    _check_known(parsed, ("model",), cluster.model, registries.known_models(), "model")
-    _check_known(parsed, ("routing", "strategy"), cluster.routing.strategy, registries.known_strategies(), "strategy")
-    _check_known(parsed, ("routing", "routing"), cluster.routing.routing, registries.known_routings(), "routing")
+    model = _check_model(cluster.model, parsed)
+    _check_known(parsed, ("routing", "strategy"), cluster.routing.strategy, STRATEGY_NAMES, "strategy")
+    _check_known(parsed, ("routing", "routing"), cluster.routing.routing, ROUTING_NAMES, "routing")
     if isinstance(cluster.link, str):
-        _check_known(parsed, ("links", "between_instances"), cluster.link, registries.known_links(), "link")
+        _check_known(parsed, ("links", "between_instances"), cluster.link, LINKS, "link")
     for index, group in enumerate(cluster.instances):
         _check_group(group, ("instances", index), parsed)
     _check_roles(cluster, parsed)
     _check_names(cluster, parsed)
     for index, group in enumerate(cluster.instances):
-        _check_model_fits(cluster.model, group, ("instances", index), parsed)
+        _check_model_fits(model, group, ("instances", index), parsed)
+
+
+def _check_model(model: str, parsed: ParsedYaml) -> ModelShape:
+    try:
+        return load_model(model)
+    except ValueError as error:
+        problem = f"{model!r} is not a known model, nor a config.json; {suggestion(model, known_model_ids())}"
+        # Where there is such a file, what is wrong with it says more.
+        raise parsed.error(("model",), str(error) if Path(model).exists() else problem) from error
 
 
 def _check_known(parsed: ParsedYaml, path: FieldPath, value: str, known: Iterable[str], what: str) -> None:
@@ -30,8 +49,10 @@ def _check_known(parsed: ParsedYaml, path: FieldPath, value: str, known: Iterabl
 
 
 def _check_group(group: InstanceGroup, path: FieldPath, parsed: ParsedYaml) -> None:
-    _check_known(parsed, (*path, "profile"), group.profile, registries.known_profiles(), "profile")
-    _check_known(parsed, (*path, "eviction"), group.eviction, registries.known_evictions(), "eviction policy")
+    if not group.profile.endswith(".json"):
+        said_by = "profile" if (*path, "profile") in parsed.lines else "device"
+        _check_known(parsed, (*path, said_by), group.profile, list_profiles(), "profile")
+    _check_known(parsed, (*path, "eviction"), group.eviction, EVICTION_POLICIES, "eviction policy")
     if group.max_num_batched_tokens < group.max_num_seqs:
         raise parsed.error(
             (*path, "max_num_batched_tokens"),
@@ -74,7 +95,24 @@ def _check_names(cluster: ClusterDescription, parsed: ParsedYaml) -> None:
             )
 
 
-def _check_model_fits(model: str, group: InstanceGroup, path: FieldPath, parsed: ParsedYaml) -> None:
-    problem = registries.model_misfit(model, group)
-    if problem is not None:
-        raise parsed.error(path, problem)
+def _check_model_fits(model: ModelShape, group: InstanceGroup, path: FieldPath, parsed: ParsedYaml) -> None:
+    try:
+        profile = load_profile(group.profile)
+        if isinstance(profile, FittedProfile):
+            make_step_cost_model(profile, model, group.tp)
+        num_tokens = kv_capacity_tokens(profile, model, group.tp, group.memory_utilization)
+        num_tokens_at_most = kv_capacity_tokens(profile, model, group.tp, 1.0)
+    except ValueError as error:
+        raise parsed.error(path, str(error)) from error
+    if num_tokens < group.block_size:
+        raise parsed.error(
+            path,
+            f"beside the model there is room for {num_tokens} KV tokens, which is less than one block "
+            f"({group.block_size}); raise tp or memory_utilization",
+        )
+    if group.kv_tokens is not None and group.kv_tokens > num_tokens_at_most:
+        raise parsed.error(
+            (*path, "kv_tokens"),
+            f"{group.kv_tokens} tokens do not fit into the device's memory beside the model, where there is room for "
+            f"{num_tokens_at_most}; give fewer, or leave this key out",
+        )

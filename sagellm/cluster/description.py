@@ -29,9 +29,9 @@ class InstanceGroup:
     block_size: int = 16  # tokens
     prefix_caching: bool = True
     eviction: str = "lru"
-    steps_in_flight: int = 2  # 1: synchronous scheduling, 2: asynchronous
+    steps_in_flight: int | None = None  # 1: synchronous scheduling, 2: asynchronous; None: as the profile's engine
     kv_tokens: int | None = None  # of one instance; None: what the device's memory leaves
-    memory_utilization: float = 0.9  # share of the device's memory that may be used
+    memory_utilization: float | None = None  # share of the device's memory to use; None: as the profile's engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class ClusterDescription:
     name: str
     model: str  # a known model's Hub id, or the path of a config.json
     instances: tuple[InstanceGroup, ...]
-    link: str | CustomLink = "nvlink"  # over which instances pass KV to each other
+    link: str | CustomLink = "rdma-400"  # over which instances pass KV to each other
     limits: Limits = field(default=Limits())
     routing: Routing = field(default=Routing())
     slo: LatencySLO = field(default=LatencySLO())

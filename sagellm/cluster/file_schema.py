@@ -52,13 +52,14 @@ class InstanceSection(Section):
     block_size: Count = 16
     prefix_caching: bool = True
     eviction: str = "lru"
-    steps_in_flight: Annotated[int, Field(ge=1, le=2)] = 2
+    steps_in_flight: Annotated[int, Field(ge=1, le=2)] | None = None
     kv_tokens: Count | None = None
-    memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _runs_on_something(self) -> "InstanceSection":
-        if self.device is None and (self.profile is None or "/" not in self.profile):
+        names_device = self.profile is not None and ("/" in self.profile or self.profile.endswith(".json"))
+        if self.device is None and not names_device:
             raise ValueError("says not what it runs on; give device: h200, or profile: h200/vllm-0.22.1")
         return self
 
@@ -110,7 +111,7 @@ class ClusterFile(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     model: str
     instances: Annotated[list[InstanceSection], Field(min_length=1)]
-    links: LinksSection = LinksSection(between_instances="nvlink")
+    links: LinksSection = LinksSection(between_instances="rdma-400")
     limits: LimitsSection = LimitsSection()
     routing: RoutingSection = RoutingSection()
     slo: SLOSection = SLOSection()

@@ -106,10 +106,10 @@ def _section_type(key: str) -> type[Section]:
 
 def _describe(cluster_file: ClusterFile, parsed: ParsedYaml, name: str, directory: Path | None) -> ClusterDescription:
     routing = cluster_file.routing
-    groups = [_group(section, parsed, index) for index, section in enumerate(cluster_file.instances)]
+    groups = [_group(section, parsed, index, directory) for index, section in enumerate(cluster_file.instances)]
     return ClusterDescription(
         name=cluster_file.name or name,
-        model=_model(cluster_file.model, directory),
+        model=_from_directory(cluster_file.model, directory),
         instances=tuple(groups),
         link=_link(cluster_file.links),
         limits=_limits(cluster_file.limits),
@@ -123,16 +123,16 @@ def _describe(cluster_file: ClusterFile, parsed: ParsedYaml, name: str, director
     )
 
 
-def _model(model: str, directory: Path | None) -> str:
-    """A config.json is found from the cluster file's own directory first."""
-    if directory is not None and model.endswith(".json") and (directory / model).is_file():
-        return str(directory / model)
-    return model
+def _from_directory(path: str, directory: Path | None) -> str:
+    """A file that a cluster file names is looked for from the cluster file's own directory first."""
+    if directory is not None and (directory / path).exists():
+        return str(directory / path)
+    return path
 
 
-def _group(section: InstanceSection, parsed: ParsedYaml, index: int) -> InstanceGroup:
+def _group(section: InstanceSection, parsed: ParsedYaml, index: int, directory: Path | None) -> InstanceGroup:
     return InstanceGroup(
-        profile=_profile(section, parsed, index),
+        profile=_profile(section, parsed, index, directory),
         count=section.count,
         role=Role(section.role),
         name=section.name,
@@ -148,9 +148,11 @@ def _group(section: InstanceSection, parsed: ParsedYaml, index: int) -> Instance
     )
 
 
-def _profile(section: InstanceSection, parsed: ParsedYaml, index: int) -> str:
+def _profile(section: InstanceSection, parsed: ParsedYaml, index: int, directory: Path | None) -> str:
     """``<device>/<engine>`` from ``device``, ``profile`` or both; a device alone means its spec sheet."""
     device, profile = section.device, section.profile
+    if profile is not None and profile.endswith(".json"):
+        return _from_directory(profile, directory)
     if device is None:
         assert profile is not None, "the schema wants one of them"
         return profile

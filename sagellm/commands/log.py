@@ -1,10 +1,6 @@
 """``sagellm log``: what to do with the log of a run."""
 
-import sys
-
 import click
-
-from sagellm.commands.user_error import user_errors
 
 EPILOG = """\b
 Examples:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from sagellm.commands.parameters import SLOParameter
 from sagellm.commands.user_error import UserError
 from sagellm.core.request import LatencySLO
 
@@ -29,6 +28,15 @@ run.jsonl becomes run.h200x4-pd.jsonl.
 """
 
 OUTPUT_FILE = click.Path(path_type=Path, dir_okay=True)
+
+
+def _slo(_context: click.Context, _parameter: click.Parameter, value: str | None) -> LatencySLO | None:
+    from sagellm.cluster.quantities import parse_slo
+
+    try:
+        return None if value is None else parse_slo(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @click.command(epilog=EPILOG)
@@ -60,7 +68,7 @@ OUTPUT_FILE = click.Path(path_type=Path, dir_okay=True)
 )
 @click.option(
     "--slo",
-    type=SLOParameter(),
+    callback=_slo,
     metavar="ttft=500ms,tpot=50ms",
     help="Limits that a request must keep to count as good.  [default: those of the cluster file]",
 )

@@ -5,11 +5,13 @@ Everything that can be wrong with what the user gave is found before the first s
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from sagellm.cluster.build import build_cluster
 from sagellm.cluster.description import ClusterDescription
 from sagellm.cluster.errors import ClusterFileError
 from sagellm.cluster.reading import read_cluster
@@ -18,6 +20,7 @@ from sagellm.commands.progress import progress_bar
 from sagellm.commands.trace_choice import choose_trace
 from sagellm.commands.user_error import user_errors
 from sagellm.core.request import LatencySLO
+from sim.cluster_file import sim_cluster
 from sim.replay import replay
 from sim.report.csv_report import write_request_rows
 from sim.report.json_report import write_json_report
@@ -98,29 +101,32 @@ def simulate(
     options: ReplayOptions,
     log_path: Path | None,
 ) -> SummarisedRun:
-    """One run with its numbers."""
-    started_s = time.perf_counter()
-    with progress_bar(name, len(trace.requests)) as on_progress:
+    """One run with its numbers. Its log is hashed where the hash is shown or the log is written."""
+    built = build_cluster(cluster, fast_forward=options.fast_forward)
+    with ExitStack() as stack:
+        log_file = None if log_path is None else stack.enter_context(log_path.open("wb"))
         result = replay(
-            cluster,
+            sim_cluster(built),
             trace,
             seed=options.seed,
             slo=slo,
-            fast_forward=options.fast_forward,
-            log_path=log_path,
-            on_progress=on_progress,
+            keep_log=options.outputs.json is not None,
+            log_file=log_file,
+            on_progress=stack.enter_context(progress_bar(name, len(trace.requests))),
         )
+    num_blocks = {instance.config.instance_id: instance.config.num_blocks for instance in built.instances}
     return SummarisedRun(
         cluster=name,
         trace=trace.name,
         seed=options.seed,
         slo=slo,
-        profile_status=result.profile_status,
+        profile_status=built.profile_status,
         log_sha256=result.log_sha256,
-        wall_s=time.perf_counter() - started_s,
-        num_blocks=result.num_blocks,
+        wall_s=result.wall_s,
+        num_blocks=num_blocks,
+        roles={instance.config.instance_id: instance.config.role for instance in built.instances},
         metrics=result.metrics,
-        summary=summarise(result.metrics, result.num_blocks),
+        summary=summarise(result.metrics, num_blocks),
     )
 
 

@@ -19,7 +19,7 @@ class SummarisedRun:
     seed: int
     slo: LatencySLO
     profile_status: str  # measured, spec or estimate: the least of the instances'
-    log_sha256: str
+    log_sha256: str | None  # None where the log was not kept
     wall_s: float
     num_blocks: Mapping[InstanceId, int]  # KV blocks of each instance
     roles: Mapping[InstanceId, Role]

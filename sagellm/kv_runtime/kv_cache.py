@@ -37,8 +37,8 @@ class KVCache:
     """The one thing that an instance asks about KV blocks.
 
     A request is matched, admitted, grown, published and released, in this order; growing and
-    publishing may be repeated. A match is good until the next ``admit``, ``grow`` or publication
-    that evicts from it.
+    publishing may be repeated. A match may be used until an ``admit`` or ``grow`` evicts some of it;
+    using it later is an assertion error, not a wrong block.
     """
 
     __slots__ = ("_free_ids", "_index", "_live", "_matched_keys", "_matched_request", "_pool", "block_size",

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from sagellm.core.identity import BlockId
 from sagellm.kv_policy.eviction import EVICTION_POLICIES, make_eviction_policy
 from sagellm.kv_runtime.hit_ratio import count_hit_blocks, count_optimal_hit_blocks
+from sagellm.prefix_reuse.eviction_queue import EvictionQueue
 from sagellm.prefix_reuse.radix_index import RadixIndex
+from sagellm.prefix_reuse.radix_node import RadixNode
 
 Prompts = list[tuple[int, ...]]
 
@@ -104,3 +106,40 @@ def test_policies_differ_where_they_should(eviction: str, victims: list[int]) ->
 def test_unknown_policy_is_named() -> None:
     with pytest.raises(ValueError, match=r"eviction: 'LRU' is not known, must be one of lru, lfu, fifo"):
         make_eviction_policy("LRU")
+
+
+def test_a_run_keeps_its_place_in_fifo_order_while_it_is_in_use() -> None:
+    """Its rank does not change, so it must come back into the queue by itself."""
+    index = RadixIndex(make_eviction_policy("fifo"))
+    for key in range(3):
+        index.insert((key,), [BlockId(key)])
+    node = index.lock(index.match((0,)))
+    assert index.evict(1) == [1]
+    index.unlock(node)
+    assert index.evict(2) == [0, 2]
+
+
+def test_a_run_keeps_its_place_when_the_queue_is_swept() -> None:
+    queue = EvictionQueue(make_eviction_policy("fifo"))
+    nodes = [RadixNode(None, [serial], [BlockId(serial)], 1, serial) for serial in range(1, 3000)]
+    for created, node in enumerate(nodes):
+        node.created = created
+        node.num_locks = 1  # out of use only while it is offered, so that a sweep finds none to keep
+        queue.offer(node)
+    assert len(queue) < len(nodes)
+    for node in nodes:
+        node.num_locks = 0
+        queue.offer(node)
+    assert queue.first() is nodes[0]
+    assert len(queue) == len(nodes)
+
+
+def test_both_halves_of_a_split_run_keep_its_age() -> None:
+    index = RadixIndex(make_eviction_policy("fifo"))
+    index.insert((0,), [BlockId(0)])
+    index.insert((1, 2), [BlockId(1), BlockId(2)])
+    index.unlock(index.lock(index.match((1,))))  # splits the second run
+    oldest = index.lock(index.match((0,)))
+    assert index.evict(1) == [2]
+    index.unlock(oldest)
+    assert index.evict(2) == [0, 1]

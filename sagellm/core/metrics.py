@@ -23,6 +23,7 @@ from sagellm.core.messages import (
     RequestArrived,
     RequestFinished,
     RunStep,
+    StepFailed,
     StepFinished,
     StepProgressed,
     TransferKV,
@@ -48,14 +49,16 @@ class MetricsFold:
         self.metrics = RunMetrics()
         self._lockstep: dict[InstanceId, _Lockstep] = {}
         self._transfers: dict[TransferId, TransferRecord] = {}
+        self._num_progressed: dict[InstanceId, int] = {}  # repetitions that the step in flight told of
         self._queued: dict[RequestId, None] = {}
         self._handlers: dict[type, Callable[[int, Any], None]] = {
             RequestArrived: self._arrived,
             AssignRequest: self._assigned,
             RejectRequest: self._rejected,
             RunStep: self._step_launched,
-            StepProgressed: self._step_returned,
-            StepFinished: self._step_returned,
+            StepProgressed: self._step_progressed,
+            StepFinished: self._step_finished,
+            StepFailed: self._step_failed,
             EmitTokens: self._emitted,
             RequestFinished: self._finished,
             TransferKV: self._transfer_started,
@@ -106,6 +109,7 @@ class MetricsFold:
             record = metrics.requests[chunk.request_id]
             if record.prefill_instance is None:
                 record.prefill_instance = effect.instance_id
+                record.first_scheduled_ns = now_ns
                 record.num_cached_tokens = chunk.num_computed_tokens
                 metrics.num_prompt_tokens_queried += record.request.num_prompt_tokens
                 metrics.num_prompt_tokens_hit += chunk.num_computed_tokens
@@ -117,8 +121,21 @@ class MetricsFold:
         timeline.num_prefill_tokens.append(num_prefill_tokens)
         timeline.num_decode_seqs.append(len(plan.decode_request_ids))
 
-    def _step_returned(self, now_ns: int, event: StepFinished | StepProgressed) -> None:
+    def _step_progressed(self, now_ns: int, event: StepProgressed) -> None:
         self.metrics.num_steps += len(event.ends_ns)
+        self._num_progressed[event.instance_id] = len(event.ends_ns)
+
+    def _step_finished(self, now_ns: int, event: StepFinished) -> None:
+        num_ends = len(event.ends_ns)
+        self.metrics.num_steps += num_ends
+        timeline = self.metrics.timelines[event.instance_id]
+        timeline.end_ns.append(event.ends_ns[-1])
+        timeline.num_repeats.append(num_ends + self._num_progressed.pop(event.instance_id, 0))
+
+    def _step_failed(self, now_ns: int, event: StepFailed) -> None:
+        timeline = self.metrics.timelines[event.instance_id]
+        timeline.end_ns.append(now_ns)
+        timeline.num_repeats.append(self._num_progressed.pop(event.instance_id, 0))
 
     def _emitted(self, now_ns: int, effect: EmitTokens) -> None:
         lockstep = self._lockstep.get(effect.instance_id)
@@ -192,7 +209,7 @@ class MetricsFold:
 
     def _transfer_started(self, now_ns: int, effect: TransferKV) -> None:
         transfer = TransferRecord(
-            effect.source_instance_id, effect.target_instance_id, effect.num_bytes, start_ns=now_ns
+            effect.request_id, effect.source_instance_id, effect.target_instance_id, effect.num_bytes, start_ns=now_ns
         )
         self._transfers[effect.transfer_id] = transfer
         self.metrics.transfers.append(transfer)

@@ -16,6 +16,7 @@ class RequestRecord:
     request: RequestSpec
     num_output_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens taken from a prefix cache
+    first_scheduled_ns: int | None = None
     first_token_ns: int | None = None
     last_token_ns: int | None = None
     prefill_instance: InstanceId | None = None
@@ -57,7 +58,10 @@ class RequestRecord:
 
 @dataclass(slots=True)
 class InstanceTimeline:
-    """One instance over time: one entry per ``RunStep``, in columns."""
+    """One instance over time: one entry per ``RunStep``, in columns.
+
+    The last two columns lack entries for steps that never came back.
+    """
 
     time_ns: array[int] = field(default_factory=lambda: array("q"))
     num_running: array[int] = field(default_factory=lambda: array("q"))
@@ -65,12 +69,15 @@ class InstanceTimeline:
     num_blocks_in_use: array[int] = field(default_factory=lambda: array("q"))
     num_prefill_tokens: array[int] = field(default_factory=lambda: array("q"))
     num_decode_seqs: array[int] = field(default_factory=lambda: array("q"))
+    end_ns: array[int] = field(default_factory=lambda: array("q"))  # of the last repetition
+    num_repeats: array[int] = field(default_factory=lambda: array("q"))  # forward passes; 0: it failed
 
 
 @dataclass(slots=True)
 class TransferRecord:
     """One KV transfer."""
 
+    request_id: RequestId
     source_instance: InstanceId
     target_instance: InstanceId
     num_bytes: int

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics
-from sim.report.optional_columns import step_spans_ns
+from sim.report.step_spans import step_spans_ns
 
 Floats = NDArray[np.float64]
 NS_PER_S = 1e9

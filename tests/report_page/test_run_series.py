@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sagellm.core.run_metrics import InstanceTimeline
 from sim.report.axis import Kind, format_duration, format_value, log_axis, significant, time_axis, zero_axis
-from sim.report.optional_columns import step_spans_ns
+from sim.report.step_spans import step_spans_ns
 from sim.report.run_series import (
     StepFunction,
     bin_maxima,

@@ -1,0 +1,1 @@
+"""Shapes of dense decoder models: from a Hugging Face ``config.json``, or known by Hub id."""

@@ -1,0 +1,1 @@
+"""Fits cost models to measured steps: ``python -m sim.calibration fit --help``."""

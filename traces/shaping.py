@@ -79,14 +79,17 @@ def _span_ns(trace: Trace) -> int:
 
 
 def _with_span(trace: Trace, new_span_ns: float) -> Trace:
-    """Scale arrivals about the start of the trace, so that first and last end ``new_span_ns`` apart."""
+    """Scale the time axis so that first and last arrival end ``new_span_ns`` apart."""
     span_ns = _span_ns(trace)
     if not span_ns:
         return trace
     if new_span_ns * (trace.requests[-1].arrival_ns / span_ns) > _SPAN_NS_MAX:
         raise TraceError(f"the rate is too low for {trace.name!r}: it would last over 146 years; give a higher one")
-    new_ns = round(new_span_ns)
-    return _with_arrivals(trace, [request.arrival_ns * new_ns // span_ns for request in trace.requests])
+    new_ns, start_ns = round(new_span_ns), trace.requests[0].arrival_ns
+    new_start_ns = round(start_ns * (new_span_ns / span_ns))
+    return _with_arrivals(
+        trace, [new_start_ns + (request.arrival_ns - start_ns) * new_ns // span_ns for request in trace.requests]
+    )
 
 
 def _with_arrivals(trace: Trace, arrival_ns: Sequence[int]) -> Trace:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 
 from traces.errors import TraceError
 from traces.formats.own import own_lines
@@ -30,16 +29,14 @@ def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
 
 
 def _replace(name: str, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=".trace-", dir=os.path.dirname(name) or ".")
+    temporary = f"{name}.{os.getpid()}.tmp"
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
-        # A temporary file is for its owner only; the trace gets what any new file of the user gets.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, name)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    except BaseException as error:
+        # A file of that name that was there before is not ours to remove.
+        if not isinstance(error, FileExistsError):
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
         raise

@@ -3,8 +3,9 @@
 Sessions begin as two Poisson processes: fresh ones, which share the first block (one system prompt for
 all), and branches, which share some leading blocks with an earlier request. A follow-up's prompt is the
 prompt and reply before it and what the user adds. The trace's own rise from 3.0 to 3.7 requests/s comes
-of itself, from follow-ups to sessions that began inside the recorded hour. Three seeds gave 12.2-12.5k
-requests an hour (12,031), block hits without eviction .380-.388 (.366), mean prompt 12.3-12.7k (12,035).
+of itself, from follow-ups to sessions that began inside the recorded hour. Of eight traces of 12,031
+requests: block hits without eviction .354-.379 (recorded .366), LRU of 1k/10k blocks .043-.046/.198-.218
+(.045/.211), mean prompt 12.1-12.6k (12,035), mean output 336-342 (343), 3.49-3.60 requests/s (3.40).
 """
 
 from bisect import bisect_left, bisect_right

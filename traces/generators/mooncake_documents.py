@@ -3,6 +3,8 @@
 45 % of the requests stand alone; the rest come in groups of 2 to 24 that repeat a document, the replies
 not kept. The recorded group sizes are those inside a window of 1,022 s, so windows of that length follow
 one another here, each with whole groups: a trace of 3,993 requests is one window, as the recorded one is.
+Of eight such traces: block hits without eviction .603-.641 (recorded .640), LRU of 1k/10k blocks
+.102-.118/.450-.483 (.083/.424), mean prompt 14.8-16.7k (15.3k), mean output 150-157 (149).
 """
 
 from dataclasses import replace

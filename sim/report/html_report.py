@@ -18,7 +18,6 @@ from sim.report.load_charts import (
     panel_bins,
     waiting_charts,
 )
-from sim.report.optional_columns import has_step_ends
 from sim.report.output_file import output_errors, replacing
 from sim.report.report_run import ReportRun, run_labels
 from sim.report.run_series import NS_PER_S
@@ -149,9 +148,7 @@ def _chart_sections(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
     kind, num_bins = kv_kind(runs), panel_bins(runs)
     high_s = longest_run_s(runs)
     loads = [load_run(label, run, high_s, num_bins, kind) for label, run in zip(labels, runs, strict=True)]
-    ends_known = all(has_step_ends(run.metrics) for run in runs)
-    held = "" if ends_known else " A value holds until the instance\u2019s next step."
-    binned = f"Line: mean over each of {{}} intervals. Shade: up to the greatest value in it.{held}"
+    binned = "Line: mean over each of {} intervals. Shade: up to the greatest value in it."
     return "".join(
         (
             _section("Latency", "Share of values at or below; further left is better.", distribution_charts(latencies)),

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from sagellm.core.identity import InstanceId, RequestId
 from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics, TransferRecord
-from sim.report.optional_columns import first_scheduled_ns, num_repeats, step_spans_ns, transfer_request_id
 from sim.report.output_file import output_errors, replacing
 from sim.report.report_run import ReportRun, run_instances, run_labels
+from sim.report.step_spans import step_spans_ns
 
 NETWORK_THREAD = 1
 FIRST_INSTANCE_THREAD = 2
@@ -97,17 +97,18 @@ class _RunTrace:
 
     def _steps(self, name: InstanceId, timeline: InstanceTimeline) -> Iterator[str]:
         where = f'"pid":{self.process_id},"tid":{self.threads[name]}'
-        repeats = num_repeats(timeline)
+        repeats = timeline.num_repeats
         starts_ns, ends_ns = self.spans[name]
         for i, (start_ns, end_ns) in enumerate(zip(starts_ns, ends_ns, strict=True)):
+            if i >= len(repeats):
+                return  # It never came back.
             num_tokens, num_seqs = timeline.num_prefill_tokens[i], timeline.num_decode_seqs[i]
             kind = "prefill + decode" if num_tokens and num_seqs else "prefill" if num_tokens else "decode"
-            passes = f',"forward_passes":{repeats[i]}' if repeats is not None else ""
             length_ns = end_ns - start_ns
             yield (
                 f'{{"ph":"X","cat":"step","name":"{kind}",{where},"ts":{self._at(start_ns)},'
                 f'"dur":{length_ns // 1000}.{length_ns % 1000:03d},'
-                f'"args":{{"prefill_tokens":{num_tokens},"decode_seqs":{num_seqs}{passes}}}}}'
+                f'"args":{{"prefill_tokens":{num_tokens},"decode_seqs":{num_seqs},"forward_passes":{repeats[i]}}}}}'
             )
 
     def _counters(self, name: InstanceId, timeline: InstanceTimeline) -> Iterator[str]:
@@ -127,9 +128,8 @@ class _RunTrace:
     def _requests(self) -> Iterator[str]:
         transfers: dict[RequestId, list[TransferRecord]] = defaultdict(list)
         for transfer in self.metrics.transfers:
-            request_id = transfer_request_id(transfer)
-            if request_id is not None and transfer.end_ns is not None and not transfer.failed:
-                transfers[request_id].append(transfer)
+            if transfer.end_ns is not None and not transfer.failed:
+                transfers[transfer.request_id].append(transfer)
         for number, (request_id, record) in enumerate(self.metrics.requests.items()):
             if record.last_token_ns is None:
                 yield self._without_tokens(record)
@@ -169,7 +169,11 @@ class _RunTrace:
             if transfer.end_ns is None:
                 continue
             name = f"KV {transfer.source_instance} \u2192 {transfer.target_instance}"
-            arguments = {"bytes": transfer.num_bytes, "failed": transfer.failed}
+            arguments = {
+                "request_id": transfer.request_id,
+                "bytes": transfer.num_bytes,
+                "failed": transfer.failed,
+            }
             yield self._begin("transfer", name, f"t{number}", transfer.start_ns, arguments)
             yield self._end("transfer", name, f"t{number}", transfer.end_ns)
 
@@ -222,17 +226,12 @@ def _first_moment_ns(metrics: RunMetrics) -> int:
 def request_phases(record: RequestRecord, transfers: Sequence[TransferRecord]) -> list[tuple[str, int, int]]:
     """(name, start, end) of each phase of a request with output, in order; those without length are left out.
 
-    Where it was not recorded when the request was first scheduled, waiting and prefill are one phase.
     A transfer that was streamed counts from the first token on.
     """
-    arrival_ns, first_ns, last_ns = record.request.arrival_ns, record.first_token_ns, record.last_token_ns
-    if first_ns is None or last_ns is None:
+    scheduled_ns, first_ns, last_ns = record.first_scheduled_ns, record.first_token_ns, record.last_token_ns
+    if scheduled_ns is None or first_ns is None or last_ns is None:
         return []
-    scheduled_ns = first_scheduled_ns(record)
-    if scheduled_ns is None:
-        phases = [("queued + prefill", arrival_ns, first_ns)]
-    else:
-        phases = [("queued", arrival_ns, scheduled_ns), ("prefill", scheduled_ns, first_ns)]
+    phases = [("queued", record.request.arrival_ns, scheduled_ns), ("prefill", scheduled_ns, first_ns)]
     now_ns = first_ns
     for transfer in sorted(transfers, key=lambda transfer: transfer.start_ns):
         if transfer.end_ns is not None and now_ns < transfer.end_ns <= last_ns:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from sagellm.core.identity import InstanceId
 from sagellm.core.run_metrics import RunMetrics
-from sim.report.summarised_run import SummarisedRun
-from sim.report.table import Row, table_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,30 +55,3 @@ def run_instances(run: ReportRun) -> tuple[ReportInstance, ...]:
     known = {instance.instance_id for instance in run.instances}
     found = tuple(ReportInstance(name) for name in run.metrics.timelines if name not in known)
     return run.instances + found
-
-
-def report_runs(runs: Sequence[SummarisedRun]) -> tuple[ReportRun, ...]:
-    """Summarised runs as the page takes them, with the terminal table's rows."""
-    rows = table_rows(runs) if runs else []
-    names = _row_names(rows)
-    return tuple(
-        ReportRun(
-            cluster=run.cluster,
-            trace=run.trace,
-            seed=run.seed,
-            profile_status=run.profile_status,
-            metrics=run.metrics,
-            summary_rows=tuple((name, row.cells[column]) for name, row in zip(names, rows, strict=True)),
-            instances=tuple(ReportInstance(name, run.roles[name], count) for name, count in run.num_blocks.items()),
-        )
-        for column, run in enumerate(runs)
-    )
-
-
-def _row_names(rows: Sequence[Row]) -> list[str]:
-    """Each row's name in full, where the table leaves out a metric that repeats the line above."""
-    names, metric = [], ""
-    for row in rows:
-        metric = row.metric or metric
-        names.append(f"{metric}, {row.detail}" if row.detail else metric)
-    return names

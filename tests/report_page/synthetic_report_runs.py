@@ -58,10 +58,15 @@ class _InstanceModel:
                 if index < len(arrivals):
                     repeats = max(1, min(repeats, -((now_ns - arrivals[index][0]) // step_ns)))
             self._record(now_ns, len(running) + len(admitted), num_waiting, blocks, num_tokens, len(running))
+            for _, record, _ in admitted:
+                if record.first_scheduled_ns is None:
+                    record.first_scheduled_ns = now_ns
             if running:
                 self.metrics.itl_ns.append(step_ns)
                 self.metrics.itl_count.append(len(running) * repeats)
             now_ns += step_ns * repeats
+            self.timeline.end_ns.append(now_ns)
+            self.timeline.num_repeats.append(repeats)
             count += repeats
             self.metrics.num_steps += repeats
             for _, record, _ in admitted:
@@ -155,7 +160,9 @@ def _prefilled(
             num_bytes = record.request.num_prompt_tokens * 57_344
             end_ns = now_ns + 300_000 + int(num_bytes / 40 * source.uniform(1, 2.5))
             target = InstanceId(f"decode-{source.randrange(num_decode)}")
-            metrics.transfers.append(TransferRecord(model.name, target, num_bytes, now_ns, end_ns))
+            metrics.transfers.append(
+                TransferRecord(record.request.request_id, model.name, target, num_bytes, now_ns, end_ns)
+            )
             moved.append((end_ns, record, 0))
     return moved
 

@@ -3,7 +3,6 @@
 import json
 from array import array
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -123,30 +122,14 @@ def test_rejected_requests_are_moments(events: list[Event], runs: list[ReportRun
     assert [event["args"]["request_id"] for event in moments] == [r.request.request_id for r in rejected]
 
 
-@dataclass(slots=True)
-class TimelineWithEnds(InstanceTimeline):
-    end_ns: array = field(default_factory=lambda: array("q"))
-    num_repeats: array = field(default_factory=lambda: array("q"))
+def timeline(**columns: tuple[int, ...]) -> InstanceTimeline:
+    return InstanceTimeline(**{name: array("q", values) for name, values in columns.items()})
 
 
-@dataclass(slots=True)
-class RecordWithSchedule(RequestRecord):
-    first_scheduled_ns: int | None = None
-
-
-@dataclass(slots=True)
-class TransferOfRequest(TransferRecord):
-    request_id: RequestId | None = None
-
-
-def timeline(**columns: tuple[int, ...]) -> TimelineWithEnds:
-    return TimelineWithEnds(**{name: array("q", values) for name, values in columns.items()})
-
-
-def run_with_all_columns() -> ReportRun:
+def run_of_one_request() -> ReportRun:
     """One request, prefilled on p and decoded on d; d's two steps overlap, as the second is launched early."""
     name = RequestId('odd "name" \u2603')
-    record = RecordWithSchedule(RequestSpec(name, 1_000, 8, 4), num_output_tokens=4)
+    record = RequestRecord(RequestSpec(name, 1_000, 8, 4), num_output_tokens=4)
     record.first_token_ns, record.last_token_ns = 5_001, 40_000
     record.prefill_instance, record.decode_instance = InstanceId("p"), InstanceId("d")
     record.finish_reason = FinishReason.LENGTH
@@ -173,13 +156,12 @@ def run_with_all_columns() -> ReportRun:
             num_decode_seqs=(1, 1),
         ),
     }
-    transfer = TransferOfRequest(InstanceId("p"), InstanceId("d"), 99, 5_001, 9_000)
-    transfer.request_id = name
+    transfer = TransferRecord(name, InstanceId("p"), InstanceId("d"), 99, 5_001, 9_000)
     return ReportRun("c", "t", 0, "spec", RunMetrics({name: record}, timelines, [transfer]))
 
 
-def test_recorded_ends_repeats_and_phases_are_used(tmp_path: Path) -> None:
-    events = written(tmp_path, [run_with_all_columns()])
+def test_ends_repeats_and_phases_are_those_recorded(tmp_path: Path) -> None:
+    events = written(tmp_path, [run_of_one_request()])
     steps = [(e["name"], e["ts"], e["dur"], e["args"]["forward_passes"]) for e in events if e["ph"] == "X"]
     assert steps == [("prefill", 1.0, 3.001, 1), ("decode", 8.0, 11.0, 1), ("decode", 19.0, 20.0, 2)]
     begun = [(e["name"], e["ts"]) for e in events if e["ph"] == "b" and e["cat"] == "request"]

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from sagellm.core.run_metrics import InstanceTimeline
 from sim.report.axis import Kind, format_duration, format_value, log_axis, significant, time_axis, zero_axis
-from sim.report.step_spans import step_spans_ns
 from sim.report.run_series import (
     StepFunction,
     bin_maxima,
@@ -19,6 +18,7 @@ from sim.report.run_series import (
     timeline_steps,
     weighted_cumulative_share,
 )
+from sim.report.step_spans import step_spans_ns
 from sim.report.svg_plot import LABEL_CHARACTER_PX, labels_that_fit
 
 
@@ -84,18 +84,27 @@ def test_weighted_share_is_that_of_the_written_out_list(pairs: list[tuple[float,
     assert y[-1] == 1
 
 
-@given(st.lists(st.integers(0, 1000), min_size=1, max_size=30))
-def test_steps_of_one_instance_never_overlap(times_ns: list[int]) -> None:
-    line = InstanceTimeline(time_ns=array("q", sorted(times_ns)))
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 100)), min_size=1, max_size=30), st.integers(0, 2))
+def test_steps_of_one_instance_never_overlap(steps: list[tuple[int, int]], num_lost: int) -> None:
+    """Each step: how long after the one before it was launched, and how long it took from then on."""
+    launched_ns = np.cumsum([gap_ns for gap_ns, _ in steps]).tolist()
+    came_back_ns = np.maximum.accumulate([at + steps[i][1] for i, at in enumerate(launched_ns)]).tolist()
+    came_back_ns = came_back_ns[: max(0, len(steps) - num_lost)]
+    line = InstanceTimeline(time_ns=array("q", launched_ns), end_ns=array("q", came_back_ns))
     starts_ns, ends_ns = step_spans_ns(line)
     assert all(start <= end for start, end in zip(starts_ns, ends_ns, strict=True))
     assert all(end <= start for end, start in zip(ends_ns, starts_ns[1:], strict=False))
+    assert ends_ns[: len(came_back_ns)] == came_back_ns
 
 
-def test_a_value_holds_until_the_next_step() -> None:
-    line = InstanceTimeline(time_ns=array("q", [1_000_000_000, 3_000_000_000]), num_running=array("q", [4, 0]))
-    means = bin_means(timeline_steps(line, line.num_running, 0), np.array([0.0, 2.0, 4.0]))
-    np.testing.assert_allclose(means, [2.0, 2.0])
+def test_an_idle_instance_runs_nothing() -> None:
+    line = InstanceTimeline(
+        time_ns=array("q", [1_000_000_000, 3_000_000_000]),
+        end_ns=array("q", [2_000_000_000, 4_000_000_000]),
+        num_running=array("q", [4, 2]),
+    )
+    means = bin_means(timeline_steps(line, line.num_running, 0), np.arange(5.0))
+    np.testing.assert_allclose(means, [0, 4, 0, 2])
 
 
 @given(st.floats(1e-6, 1e4), st.floats(1, 1e6))

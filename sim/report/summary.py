@@ -11,8 +11,8 @@ from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics
 from sim.report.statistics import (
     Distribution,
     FloatArray,
+    IntArray,
     distribution_of,
-    time_integral,
     weighted_distribution_of,
 )
 
@@ -23,7 +23,7 @@ COMPLETED = (FinishReason.STOP, FinishReason.LENGTH)
 class KVUse:
     """KV blocks that running requests hold, as a share of all blocks of the cluster.
 
-    Sampled where an instance starts a step; a value holds until the instance's next one.
+    Sampled where an instance launches a step, and held while that step runs; an idle instance uses none.
     """
 
     mean: float  # over time
@@ -85,7 +85,7 @@ def summarise(metrics: RunMetrics, num_blocks: Mapping[InstanceId, int]) -> RunS
         ttft=distribution_of(_defined(record.ttft_ns for record in completed)),
         tpot=distribution_of(_defined(record.tpot_ns for record in completed)),
         itl=weighted_distribution_of(
-            np.asarray(metrics.itl_ns, dtype=np.int64), np.asarray(metrics.itl_count, dtype=np.int64)
+            np.asarray(metrics.itl_ns, dtype=np.float64), np.asarray(metrics.itl_count, dtype=np.int64)
         ),
         e2el=distribution_of(_defined(record.e2el_ns for record in completed)),
         transfer=distribution_of(
@@ -130,13 +130,20 @@ def _kv_use(timelines: Mapping[InstanceId, InstanceTimeline], num_blocks: Mappin
     used = {name: timeline for name, timeline in timelines.items() if num_blocks.get(name) and timeline.time_ns}
     if not used:
         return None
-    start_ns = min(timeline.time_ns[0] for timeline in used.values())
-    end_ns = max(timeline.time_ns[-1] for timeline in used.values())
     in_use = {name: np.asarray(timeline.num_blocks_in_use, dtype=np.int64) for name, timeline in used.items()}
-    num_block_ns = sum(
-        time_integral(np.asarray(timeline.time_ns, dtype=np.int64), in_use[name], end_ns)
-        for name, timeline in used.items()
-    )
+    num_block_ns = sum(float(np.dot(in_use[name], _step_lengths_ns(timeline))) for name, timeline in used.items())
+    start_ns = min(timeline.time_ns[0] for timeline in used.values())
+    end_ns = max(max(timeline.end_ns, default=start_ns) for timeline in used.values())
     peak = max(int(blocks.max()) / num_blocks[name] for name, blocks in in_use.items())
-    mean = num_block_ns / (end_ns - start_ns) / sum(num_blocks.values()) if end_ns > start_ns else peak
+    mean = num_block_ns / (end_ns - start_ns) / sum(num_blocks.values()) if end_ns > start_ns else 0.0
     return KVUse(mean=mean, peak=peak)
+
+
+def _step_lengths_ns(timeline: InstanceTimeline) -> FloatArray:
+    """How long each step ran. One launched behind another begins when that ends; one that never ended, never."""
+    times_ns = np.asarray(timeline.time_ns, dtype=np.int64)
+    ends_ns = times_ns.copy()
+    ends_ns[: len(timeline.end_ns)] = timeline.end_ns
+    previous_ends_ns = np.concatenate((times_ns[:1], np.maximum.accumulate(ends_ns)[:-1]))
+    lengths_ns: IntArray = np.maximum(ends_ns - np.maximum(times_ns, previous_ends_ns), 0)
+    return lengths_ns.astype(np.float64)

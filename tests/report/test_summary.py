@@ -7,7 +7,7 @@ from handmade_runs import MS, metrics_of, record, rejected
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.core.identity import InstanceId
+from sagellm.core.identity import InstanceId, RequestId
 from sagellm.core.request import FinishReason, LatencySLO
 from sagellm.core.run_metrics import InstanceTimeline, RunMetrics, TransferRecord
 from sim.report.summary import summarise
@@ -69,9 +69,9 @@ def test_transfers_that_failed_or_did_not_end_have_no_time() -> None:
     source, target = InstanceId("prefill-0"), InstanceId("decode-0")
     metrics = RunMetrics(
         transfers=[
-            TransferRecord(source, target, 10, start_ns=0, end_ns=2 * MS),
-            TransferRecord(source, target, 10, start_ns=0, end_ns=900 * MS, failed=True),
-            TransferRecord(source, target, 10, start_ns=0),
+            TransferRecord(RequestId("a"), source, target, 10, start_ns=0, end_ns=2 * MS),
+            TransferRecord(RequestId("a"), source, target, 10, start_ns=0, end_ns=900 * MS, failed=True),
+            TransferRecord(RequestId("a"), source, target, 10, start_ns=0),
         ]
     )
     transfer = summarise(metrics, {}).transfer
@@ -79,15 +79,27 @@ def test_transfers_that_failed_or_did_not_end_have_no_time() -> None:
     assert transfer.p99_ms == pytest.approx(2.0)
 
 
+def timeline(*steps: tuple[int, int, int]) -> InstanceTimeline:
+    """Steps as (launched, ended, blocks in use)."""
+    launched, ended, num_blocks = (array("q", column) for column in zip(*steps, strict=True))
+    return InstanceTimeline(time_ns=launched, end_ns=ended, num_blocks_in_use=num_blocks)
+
+
 def test_kv_use_is_weighted_by_time_and_by_size() -> None:
     small, large = InstanceId("small"), InstanceId("large")
-    metrics = RunMetrics(
-        timelines={
-            small: InstanceTimeline(time_ns=array("q", [0, 10, 20]), num_blocks_in_use=array("q", [100, 0, 0])),
-            large: InstanceTimeline(time_ns=array("q", [0]), num_blocks_in_use=array("q", [30])),
-        }
-    )
-    kv_use = summarise(metrics, {small: 100, large: 300}).kv_use
+    # The second step of `small` is launched while the first runs; then `small` is idle until 30.
+    timelines = {small: timeline((0, 10, 100), (5, 15, 50), (30, 40, 0)), large: timeline((0, 40, 30))}
+    kv_use = summarise(RunMetrics(timelines=timelines), {small: 100, large: 300}).kv_use
     assert kv_use is not None
-    assert kv_use.mean == pytest.approx((100 * 10 + 30 * 20) / 20 / 400)
+    assert kv_use.mean == pytest.approx((100 * 10 + 50 * 5 + 30 * 40) / 40 / 400)
     assert kv_use.peak == 1.0
+
+
+def test_a_step_that_never_ended_uses_nothing() -> None:
+    lost = InstanceId("lost")
+    metrics = RunMetrics(timelines={lost: timeline((0, 10, 50))})
+    metrics.timelines[lost].time_ns.append(10)
+    metrics.timelines[lost].num_blocks_in_use.append(80)
+    kv_use = summarise(metrics, {lost: 100}).kv_use
+    assert kv_use is not None
+    assert (kv_use.mean, kv_use.peak) == (0.5, 0.8)

@@ -16,6 +16,8 @@ from math import isqrt
 from sagellm.core.messages import RunStep, StepFailed, StepFinished, StepProgressed
 from sagellm.cost_model.step_cost import FEMTOSECONDS_PER_NANOSECOND, StepCostModel, StepFeatures
 
+Schedule = Callable[[int, Callable[[object], None]], None]
+"""A driver's timer: call at that time. What the call is given means nothing."""
 StepReport = StepFinished | StepProgressed | StepFailed
 
 
@@ -76,7 +78,17 @@ class _Launched:
     def take_ends_ns(self, up_to: int) -> tuple[int, ...]:
         """When the repetitions not yet reported ended, up to and with ``up_to``."""
         first, self.num_reported = self.num_reported + 1, up_to
-        return tuple(-(-self.end_fs(i) // FEMTOSECONDS_PER_NANOSECOND) for i in range(first, up_to + 1))
+        num_ends = up_to - first + 1
+        if num_ends == 1:
+            return (-(-self.end_fs(first) // FEMTOSECONDS_PER_NANOSECOND),)
+        end_fs, growth_fs = self.end_fs(first), self.growth_fs
+        next_fs = self.period_fs + growth_fs * first
+        ends_ns = []
+        for _ in range(num_ends):
+            ends_ns.append(-(-end_fs // FEMTOSECONDS_PER_NANOSECOND))
+            end_fs += next_fs
+            next_fs += growth_fs
+        return tuple(ends_ns)
 
 
 class SimDevice:
@@ -86,7 +98,7 @@ class SimDevice:
         self,
         cost_model: StepCostModel,
         steps_in_flight_max: int,
-        schedule: Callable[[int, Callable[[], None]], None],
+        schedule: Schedule,
         report: Callable[[StepReport], None],
     ) -> None:
         self._cost_model = cost_model
@@ -171,7 +183,7 @@ class SimDevice:
         launched.generation += 1
         generation = launched.generation
 
-        def progress() -> None:
+        def progress(_: object) -> None:
             if launched.generation != generation:
                 return
             launched.is_open = False
@@ -191,7 +203,7 @@ class SimDevice:
         end_fs = launched.end_fs(num_repetitions)
         self._device_free_fs = end_fs
 
-        def finish() -> None:
+        def finish(_: object) -> None:
             if launched.generation != generation:
                 return
             assert self._launched[0] is launched

@@ -50,7 +50,6 @@ from sim.cluster import SimCluster, SimInstance
 from sim.device import SimDevice, StepReport
 from sim.network import Network
 
-_POLL_PRIORITY = 2  # after every event of the same instant, which simpy schedules at 0 or 1
 _Message = ControlPlaneEvent | InstanceEvent
 
 
@@ -82,7 +81,6 @@ class SimDriver:
         self._instances: dict[InstanceId, _SimInstance] = {}
         self._network = Network(cluster.link, self._at)
         self._dirty: dict[InstanceId, None] = {}
-        self._poll_is_scheduled = False
         self._outgoing: dict[tuple[InstanceId, int], list[_Message]] = {}
         self._armed_ns: dict[InstanceId, int] = {}
         self.on_request_over: Callable[[str, int], None] | None = None
@@ -95,13 +93,14 @@ class SimDriver:
 
     @property
     def now_ns(self) -> int:
-        return int(self._env.now)
+        now_ns: int = self._env.now  # type: ignore[assignment]
+        return now_ns
 
     # --- what the world does ---------------------------------------------------------------------------
 
     def at(self, at_ns: int, call: Callable[[], None]) -> None:
         """Call at that time; for arrivals, cancellations and faults."""
-        self._at(at_ns, call)
+        self._at(at_ns, lambda _: call())
 
     def submit(self, event: RequestArrived | RequestCancelled) -> None:
         """A client asks, or goes away, now."""
@@ -126,23 +125,27 @@ class SimDriver:
         instance.lost = True
         self._fail_transfers_of(instance_id)
         delay_ns = max(detection_ns, 2 * self._cluster.message_latency_ns)
-        self._at(self.now_ns + delay_ns, lambda: self._report_loss(instance_id))
+        self._at(self.now_ns + delay_ns, lambda _: self._report_loss(instance_id))
 
     def run(self) -> None:
-        """Until nothing is left to happen."""
-        self._env.run()
+        """Until nothing is left to happen. Machines are polled when an instant has no event left."""
+        env = self._env
+        step, peek = env.step, env.peek
+        while peek() != simpy.core.Infinity:
+            step()
+            if self._dirty and peek() > env.now:
+                self._poll_dirty()
 
     # --- instants ----------------------------------------------------------------------------------------
 
-    def _at(self, at_ns: int, call: Callable[[], None]) -> None:
+    def _at(self, at_ns: int, call: Callable[[object], None]) -> None:
         env = self._env
-        timeout = env.timeout(at_ns - int(env.now))
-        assert timeout.callbacks is not None
-        timeout.callbacks.append(lambda _: call())
+        timeout = simpy.Timeout(env, at_ns - env.now)
+        timeout.callbacks.append(call)  # type: ignore[union-attr]
 
     def _deliver(self, machine_id: InstanceId, event: _Message) -> None:
         """Hand an event to a machine; it is polled when the instant is drained."""
-        now_ns = int(self._env.now)
+        now_ns = self.now_ns
         if self._log is not None:
             self._log.event(now_ns, machine_id, event)
         if machine_id == CONTROL_PLANE:
@@ -150,22 +153,10 @@ class SimDriver:
         else:
             self._instances[machine_id].machine.handle(event, now_ns)  # type: ignore[arg-type]
         self._dirty[machine_id] = None
-        self._schedule_poll()
 
-    def _schedule_poll(self) -> None:
-        if self._poll_is_scheduled:
-            return
-        self._poll_is_scheduled = True
-        event = simpy.Event(self._env)
-        event._ok, event._value = True, None
-        assert event.callbacks is not None
-        event.callbacks.append(self._poll_dirty)
-        self._env.schedule(event, priority=_POLL_PRIORITY)  # type: ignore[arg-type]
-
-    def _poll_dirty(self, _: simpy.Event) -> None:
-        self._poll_is_scheduled = False
+    def _poll_dirty(self) -> None:
         dirty, self._dirty = self._dirty, {}
-        now_ns = int(self._env.now)
+        now_ns = self.now_ns
         for machine_id in dirty:
             if machine_id == CONTROL_PLANE:
                 self._poll_control_plane(now_ns)
@@ -224,7 +215,7 @@ class SimDriver:
         )
 
     def _step_reported(self, instance_id: InstanceId, report: StepReport) -> None:
-        self._observe(int(self._env.now), report)
+        self._observe(self.now_ns, report)
         self._deliver(instance_id, report)
 
     def _poll_instance(self, instance_id: InstanceId, now_ns: int) -> None:
@@ -290,12 +281,11 @@ class SimDriver:
             return
         self._armed_ns[instance_id] = deadline_ns
 
-        def wake() -> None:
+        def wake(_: object) -> None:
             instance = self._instances[instance_id]
             if instance.machine.deadline_ns() == deadline_ns and not instance.lost:
                 instance.device.interrupt(self.now_ns)
                 self._dirty[instance_id] = None
-                self._schedule_poll()
 
         self._at(deadline_ns, wake)
 
@@ -313,7 +303,7 @@ class SimDriver:
             return
         messages = self._outgoing[to, at_ns] = [message]
 
-        def arrive() -> None:
+        def arrive(_: object) -> None:
             del self._outgoing[to, at_ns]
             for each in messages:
                 self._tell(to, each)
@@ -325,7 +315,7 @@ class SimDriver:
             instance = self._instances[to]
             if instance.lost:
                 return
-            instance.device.interrupt(int(self._env.now))
+            instance.device.interrupt(self.now_ns)
         self._deliver(to, message)
 
     def _request_is_over(self, request_id: str, now_ns: int) -> None:
@@ -362,23 +352,3 @@ class SimDriver:
             if record.finish_reason is None and num_output_tokens:
                 emitted.append(EmittedOutput(record.request.request_id, num_output_tokens))
         self._deliver(CONTROL_PLANE, InstanceLost(instance_id, tuple(emitted)))
-
-
-def run_all(driver: SimDriver, arrivals: Iterable[tuple[int, RequestArrived]]) -> None:
-    """Feed arrivals in order of time, one ahead of the clock, and run to the end."""
-    pending = iter(arrivals)
-
-    def feed() -> None:
-        item = next(pending, None)
-        if item is None:
-            return
-        at_ns, event = item
-
-        def arrive() -> None:
-            driver.submit(event)
-            feed()
-
-        driver.at(at_ns, arrive)
-
-    feed()
-    driver.run()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sagellm.core.identity import InstanceId, TransferId
 from sagellm.cost_model.link import Link
+from sim.device import Schedule
 
 
 @dataclass(slots=True)
@@ -26,7 +27,7 @@ class _Transfer:
 class Network:
     """Transfers under way. ``schedule(at_ns, call)`` is the driver's timer."""
 
-    def __init__(self, link: Link, schedule: Callable[[int, Callable[[], None]], None]) -> None:
+    def __init__(self, link: Link, schedule: Schedule) -> None:
         self._link = link
         self._schedule = schedule
         self._moving: dict[TransferId, _Transfer] = {}
@@ -49,7 +50,7 @@ class Network:
         self._pending[transfer_id] = transfer
         starts_ns = now_ns + self._link.fixed_ns
 
-        def begin() -> None:
+        def begin(_: object) -> None:
             if transfer_id not in self._pending:
                 return
             del self._pending[transfer_id]
@@ -109,7 +110,7 @@ class Network:
         left_ns = min(max(0.0, t.num_bytes_left) / self._rate(t) for t in self._moving.values())
         at_ns = now_ns + int(left_ns) + 1
 
-        def finish() -> None:
+        def finish(_: object) -> None:
             if generation != self._generation:
                 return
             self._settle(at_ns)

@@ -132,8 +132,10 @@ class Instance:
     # --- steps that come back ---------------------------------------------------------------------
 
     def _num_slots_free(self) -> int:
-        num_used = sum(2 if record.repeats else 1 for record in self._in_flight)
-        return self.config.steps_in_flight_max - num_used
+        num_free = self.config.steps_in_flight_max - len(self._in_flight)
+        if num_free and self._in_flight and self._in_flight[-1].repeats:
+            return 0
+        return num_free
 
     def _record_return(self, event: StepFinished | StepProgressed, *, closes: bool) -> None:
         record = self._in_flight[0]
@@ -141,9 +143,9 @@ class Instance:
         record.num_returned += len(event.ends_ns)
         record.repeats = False
         num_committed = record.num_returned if closes else record.num_returned + 1
-        for _ in range(num_committed - record.num_committed):
-            self._scheduler.commit_repetition()
-        record.num_committed = num_committed
+        if num_committed > record.num_committed:
+            self._scheduler.commit(num_committed - record.num_committed)
+            record.num_committed = num_committed
         self._done_clock += len(event.ends_ns)
         if closes:
             self._in_flight.popleft()

@@ -62,12 +62,18 @@ class StepScheduler:
         while deferred and deferred[0][0] <= done_clock:
             self.kv.release(deferred.popleft()[1])
 
-    def commit_repetition(self) -> None:
-        """One more execution of the current plan is committed: every decode needs its next slot."""
-        self.planned_clock += 1
-        for request in self.decodes.growing(self.planned_clock).values():
-            assert request.blocks is not None
-            self._new_block_ids.append((request.request_id, tuple(self.kv.grow(request.blocks, 1))))
+    def commit(self, num_executions: int) -> None:
+        """So many more executions of the plan are committed: every decode needs its next slots."""
+        first = self.planned_clock + 1
+        self.planned_clock += num_executions
+        block_size = self.config.block_size
+        grow, new_block_ids = self.kv.grow, self._new_block_ids
+        for clock in range(first, first + min(num_executions, block_size)):
+            growing = self.decodes.growing(clock)
+            if growing:
+                num_blocks = (num_executions - (clock - first) - 1) // block_size + 1
+                for request_id, request in growing.items():
+                    new_block_ids.append((request_id, tuple(grow(request.blocks, num_blocks))))  # type: ignore[arg-type]
 
     # --- queues ---------------------------------------------------------------------------------
 
@@ -168,7 +174,7 @@ class StepScheduler:
             return None
         decode_ids = self.decodes.request_ids
         num_context_tokens = self.decodes.num_context_tokens(self.planned_clock)
-        self.commit_repetition()
+        self.commit(1)
         budget = self.config.max_num_batched_tokens - len(decode_ids)
         chunks: list[TokenChunk] = []
         if self.prefilling:

@@ -6,7 +6,6 @@ named in the format; they are only in the hashes.
 
 from itertools import pairwise
 from random import Random
-from statistics import median
 
 from traces.columns import requests_from_columns
 from traces.formats.json_table import JsonTable
@@ -54,7 +53,8 @@ def _window_ms(timestamps: list[int]) -> int:
         return 0
     if len(distinct) == 1:
         return _RECORDED_WINDOW_MS
-    width_ms = round(median(later - earlier for earlier, later in pairwise(distinct)))
+    steps_ms = sorted(later - earlier for earlier, later in pairwise(distinct))
+    width_ms = steps_ms[len(steps_ms) // 2]
     return width_ms if width_ms >= 1000 else 0
 
 

@@ -23,11 +23,12 @@ def clock_column_ns(column: Sequence[str]) -> list[int | None]:
     shape = "0000-00-00 00:00:00." + "0" * num_digits
     # All of one shape, as in the 2023 traces: one comparison checks the whole column.
     if 1 <= num_digits <= 9 and "".join(column).translate(_DIGITS_TO_ZERO) == shape * len(column):
-        minute_ns = {minute: _second_ns(minute + ":00") for minute in {text[:16] for text in column}}
-        if None not in minute_ns.values() and max(text[17:19] for text in column) < "60":
-            known_ns = cast("dict[str, int]", minute_ns)
+        # Keyed by all but the last digit of the second, so that a second of 60 or more is found out as well.
+        tens_ns = {tens: _second_ns(tens + "0") for tens in {text[:18] for text in column}}
+        if None not in tens_ns.values():
+            known_ns = cast("dict[str, int]", tens_ns)
             scale = 10 ** (9 - num_digits)
-            return [known_ns[text[:16]] + int(text[17:19] + text[20:]) * scale for text in column]
+            return [known_ns[text[:18]] + int(text[18] + text[20:]) * scale for text in column]
     second_ns = {second: _second_ns(second) for second in {text[:19] for text in column}}
     return [_with_rest_ns(second_ns[text[:19]], text[19:]) for text in column]
 

@@ -40,7 +40,11 @@ def _compare_goodput(runs: Sequence[SummarisedRun]) -> str:
     shares = f"{_attainment(best):.1%} against {_attainment(second):.1%} of requests"
     rates = f"{_goodput(best):.2f} against {_goodput(second):.2f} requests/s"
     if _attainment(best) - _attainment(second) <= NOISE * _attainment(best):
-        return f"No difference between {best.cluster} and {second.cluster}: {shares} keep the SLO ({rates})."
+        return (
+            f"No difference in goodput between {best.cluster} and {second.cluster}: {shares} keep the SLO ({rates}); "
+            f"p99 TTFT is {_ms(best.summary.ttft)} against {_ms(second.summary.ttft)}, "
+            f"p99 TPOT {_ms(best.summary.tpot)} against {_ms(second.summary.tpot)}."
+        )
     return f"{best.cluster} is better than {second.cluster}: {shares} keep the SLO ({rates}), {_reason(best, second)}."
 
 

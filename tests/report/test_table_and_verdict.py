@@ -51,7 +51,7 @@ def test_the_price_of_winning_is_named() -> None:
 
 def test_a_difference_within_noise_is_none() -> None:
     runs = [run_of("a", *many(1000)), run_of("b", *many(995), *(record(f"x{i}", ttft_ms=900) for i in range(5)))]
-    assert verdict(runs).startswith("No difference between a and b")
+    assert verdict(runs).startswith("No difference in goodput between a and b")
 
 
 def test_without_limits_latency_decides() -> None:

@@ -128,10 +128,8 @@ class KVCache:
         """Let other requests use the full blocks of the prompt, as far as they have been computed."""
         if not self.prefix_caching:
             return
-        if blocks.locked_node is None:
-            blocks.keys = self._prompt_keys(request)
-        num_full = min(num_computed_tokens // self.block_size, len(blocks.keys))
-        self._publish_keys(blocks, blocks.keys[:num_full])
+        keys = self._table_keys(request, blocks)
+        self._publish_keys(blocks, keys[: num_computed_tokens // self.block_size])
 
     def publish_output(
         self, request: RequestSpec, blocks: RequestBlocks, output_token_ids: Sequence[int], num_computed_tokens: int
@@ -142,7 +140,7 @@ class KVCache:
         """
         if not self.prefix_caching or request.prompt_token_ids is None:
             return
-        prompt_keys = blocks.keys or self._prompt_keys(request)
+        prompt_keys = self._table_keys(request, blocks)
         token_ids = (*request.prompt_token_ids[len(prompt_keys) * self.block_size :], *output_token_ids)
         if prompt_keys:
             keys = (*prompt_keys, *token_run_keys(token_ids, self.block_size))
@@ -200,6 +198,12 @@ class KVCache:
             self._matched_keys = prompt_block_keys(request, self.block_size)
             self._matched_request = request
         return self._matched_keys
+
+    def _table_keys(self, request: RequestSpec, blocks: RequestBlocks) -> BlockKeys:
+        """The prompt's keys, made now for a table that was admitted without a match."""
+        if not blocks.keys:
+            blocks.keys = self._prompt_keys(request)
+        return blocks.keys
 
     def _take(self, count: int) -> list[BlockId]:
         num_free = self._pool.num_free

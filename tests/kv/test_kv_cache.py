@@ -64,7 +64,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         self.block_size = block_size
         self.held: list[Running] = []
         self.written: dict[BlockId, Content | None] = {}
-        self.published: dict[tuple[bool, Content], BlockId] = {}
+        self.published: dict[tuple[int, Content], BlockId] = {}
 
     def hand_out(self, block_ids: list[BlockId]) -> None:
         """The cache gave these blocks to somebody: nobody may have them, and what they held is gone."""
@@ -77,9 +77,8 @@ class KVCacheMachine(RuleBasedStateMachine):
     def known_prefix(self, request: RequestSpec, tokens: list[int]) -> list[BlockId]:
         """The blocks that a match must find."""
         found = []
-        by_tokens = request.prompt_token_ids is not None
         for end in range(self.block_size, len(tokens), self.block_size):
-            block_id = self.published.get((by_tokens, (request.cache_salt, tuple(tokens[:end]))))
+            block_id = self.published.get((request.content_block_size, (request.cache_salt, tuple(tokens[:end]))))
             if block_id is None:
                 break
             found.append(block_id)
@@ -144,9 +143,8 @@ class KVCacheMachine(RuleBasedStateMachine):
         entry.num_computed = max(entry.num_computed, end)
 
     def note_published(self, entry: Running, num_tokens: int) -> None:
-        by_tokens = entry.request.prompt_token_ids is not None
         for index in range(num_tokens // self.block_size):
-            key = (by_tokens, entry.content((index + 1) * self.block_size))
+            key = (entry.request.content_block_size, entry.content((index + 1) * self.block_size))
             self.published.setdefault(key, entry.blocks.block_ids[index])
 
     @rule(entry=running)
@@ -200,6 +198,17 @@ class KVCacheMachine(RuleBasedStateMachine):
 
 KVCacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestKVCacheMachine = KVCacheMachine.TestCase
+
+
+def test_output_may_be_published_before_the_whole_prompt() -> None:
+    """Also by a request that was admitted without a match, whose keys are not known from one."""
+    cache = KVCache(4, 2, prefix_caching=True)
+    request = make_request([0, 0, 0, 0])
+    blocks = cache.admit(request, None, 4)
+    cache.publish_output(request, blocks, [], 2)
+    assert cache.num_cached == 1
+    cache.publish(request, blocks, 4)
+    assert cache.num_cached == 2
 
 
 def test_match_leaves_the_last_prompt_token_to_compute() -> None:

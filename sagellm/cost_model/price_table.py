@@ -59,14 +59,14 @@ class TabulatedStepCost:
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         """The price of one step and of its repetitions. Mixed steps are never repeated."""
-        num_decode_seqs = features.num_decode_seqs
-        if features.chunks:
+        num_decode_seqs, num_context_tokens, chunks = features
+        if chunks:
             return self._mixed_cost(features)
         prices = self._decode_by_num_seqs.get(num_decode_seqs)
         if prices is None:
             prices = self._decode_by_num_seqs[num_decode_seqs] = decode_prices(self.table, num_decode_seqs)
         base_fs, context_fs, growth_fs, host_fs = prices
-        return StepCost(base_fs + context_fs * features.num_decode_context_tokens, growth_fs, host_fs)
+        return StepCost(base_fs + context_fs * num_context_tokens, growth_fs, host_fs)
 
     def _mixed_cost(self, features: StepFeatures) -> StepCost:
         table = self.table

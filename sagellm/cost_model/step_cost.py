@@ -3,16 +3,17 @@
 Prices are integers of femtoseconds, so that sums of many small terms are exact and the time of a
 step repeated k times is an exact polynomial in k: jumping over k steps and walking through them end
 at the same nanosecond.
+
+A run makes a pair of these for every step that it prices, so they are named tuples: as immutable as a
+frozen dataclass, and four times as fast to make.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 FEMTOSECONDS_PER_NANOSECOND = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class StepFeatures:
+class StepFeatures(NamedTuple):
     """What a step asks of its instance's device."""
 
     num_decode_seqs: int  # requests that get one token
@@ -20,8 +21,7 @@ class StepFeatures:
     chunks: tuple[tuple[int, int], ...] = ()  # (num_tokens, num_computed_tokens) of every other request
 
 
-@dataclass(frozen=True, slots=True)
-class StepCost:
+class StepCost(NamedTuple):
     """The price of a step, and of its repetitions.
 
     Repetition ``j`` (from 0) occupies the device for ``device_fs + j * device_growth_fs``, for

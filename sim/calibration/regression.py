@@ -28,13 +28,15 @@ def fit_relative(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> t
     Iteratively reweighted least squares with Huber weights on the error relative to the target: a first
     call's compilation, fifty times the usual step, gets next to no weight.
     """
-    matrix, values = np.asarray(rows, dtype=np.float64), np.asarray(targets, dtype=np.float64)
-    relative = 1 / np.abs(values)
-    weights = relative.copy()
-    coefficients = np.zeros(matrix.shape[1])
-    errors = np.zeros(len(values))
+    matrix: Array = np.asarray(rows, dtype=np.float64)
+    values: Array = np.asarray(targets, dtype=np.float64)
+    relative: Array = 1 / np.abs(values)
+    weights: Array = relative.copy()
+    coefficients: Array = np.zeros(matrix.shape[1])
+    errors: Array = np.zeros(len(values))
     for _ in range(ROUNDS):
-        coefficients = np.linalg.lstsq(matrix * weights[:, None], values * weights, rcond=None)[0]
+        solution = np.linalg.lstsq(matrix * weights[:, None], values * weights, rcond=None)[0]
+        coefficients = np.asarray(solution, dtype=np.float64)
         errors = (matrix @ coefficients - values) * relative
         sigma = 1.4826 * float(np.median(np.abs(errors))) + 1e-9
         huber = np.minimum(1.0, OUTLIER_SIGMAS * sigma / np.maximum(np.abs(errors), 1e-12))

@@ -10,11 +10,13 @@ k steps in one jump end exactly where k single steps do.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import accumulate, repeat
 from math import isqrt
 
 from sagellm.core.messages import RunStep, StepFailed, StepFinished, StepProgressed
-from sagellm.cost_model.step_cost import FEMTOSECONDS_PER_NANOSECOND, StepCostModel, StepFeatures
+from sagellm.cost_model.step_cost import FEMTOSECONDS_PER_NANOSECOND as _FS_PER_NS
+from sagellm.cost_model.step_cost import StepCostModel, StepFeatures
 
 Schedule = Callable[[int, Callable[[object], None]], None]
 """A driver's timer: call at that time. What the call is given means nothing."""
@@ -80,15 +82,14 @@ class _Launched:
         first, self.num_reported = self.num_reported + 1, up_to
         num_ends = up_to - first + 1
         if num_ends == 1:
-            return (-(-self.end_fs(first) // FEMTOSECONDS_PER_NANOSECOND),)
+            return (-(-self.end_fs(first) // _FS_PER_NS),)
         end_fs, growth_fs = self.end_fs(first), self.growth_fs
         next_fs = self.period_fs + growth_fs * first
-        ends_ns = []
-        for _ in range(num_ends):
-            ends_ns.append(-(-end_fs // FEMTOSECONDS_PER_NANOSECOND))
-            end_fs += next_fs
-            next_fs += growth_fs
-        return tuple(ends_ns)
+        if growth_fs:
+            gaps_fs: Iterable[int] = range(next_fs, next_fs + growth_fs * (num_ends - 1), growth_fs)
+        else:
+            gaps_fs = repeat(next_fs, num_ends - 1)
+        return tuple([-(-end_fs // _FS_PER_NS) for end_fs in accumulate(gaps_fs, initial=end_fs)])
 
 
 class SimDevice:
@@ -99,7 +100,7 @@ class SimDevice:
         cost_model: StepCostModel,
         steps_in_flight_max: int,
         schedule: Schedule,
-        report: Callable[[StepReport], None],
+        report: Callable[[StepReport, int], None],
     ) -> None:
         self._cost_model = cost_model
         self._is_synchronous = steps_in_flight_max == 1
@@ -119,7 +120,7 @@ class SimDevice:
             StepFeatures(
                 len(plan.decode_request_ids),
                 plan.num_decode_context_tokens,
-                tuple((chunk.num_tokens, chunk.num_computed_tokens) for chunk in plan.chunks),
+                tuple([(chunk.num_tokens, chunk.num_computed_tokens) for chunk in plan.chunks]) if plan.chunks else (),
             )
         )
         device_fs, growth_fs = cost.device_fs * self.slowdown, cost.device_growth_fs * self.slowdown
@@ -150,7 +151,7 @@ class SimDevice:
         if not self._is_synchronous and launched.behind_ns >= now_ns:
             self._progress_at(launched, 0, launched.behind_ns)
             return
-        num_done = launched.first_end_after((now_ns - 1) * FEMTOSECONDS_PER_NANOSECOND)
+        num_done = launched.first_end_after((now_ns - 1) * _FS_PER_NS)
         if self._is_synchronous:
             if num_done < launched.num_to_run:
                 self._finish_at(launched, num_done)
@@ -162,7 +163,7 @@ class SimDevice:
         report = None
         if self._launched and self._launched[0].is_open:
             launched = self._launched[0]
-            num_done = launched.first_end_after(now_ns * FEMTOSECONDS_PER_NANOSECOND) - 1
+            num_done = launched.first_end_after(now_ns * _FS_PER_NS) - 1
             if num_done > launched.num_reported:
                 ends_ns = launched.take_ends_ns(num_done)
                 report = StepProgressed(launched.step.instance_id, launched.step.step_id, ends_ns)
@@ -173,9 +174,9 @@ class SimDevice:
 
     def _exact_fs(self, now_ns: int) -> int:
         """What the clock shows as ``now_ns``, to the femtosecond, where the device made it so."""
-        if -(-self._last_end_fs // FEMTOSECONDS_PER_NANOSECOND) == now_ns:
+        if -(-self._last_end_fs // _FS_PER_NS) == now_ns:
             return self._last_end_fs
-        return now_ns * FEMTOSECONDS_PER_NANOSECOND
+        return now_ns * _FS_PER_NS
 
     def _progress_at(self, launched: _Launched, num_done: int, at_ns: int) -> None:
         """With two steps in flight: at ``at_ns``, after ``num_done`` repetitions, commit just one more."""
@@ -191,7 +192,7 @@ class SimDevice:
                 self._last_end_fs = launched.end_fs(num_done)
             ends_ns = launched.take_ends_ns(num_done)
             self._finish_at(launched, num_done + 1)
-            self._report(StepProgressed(launched.step.instance_id, launched.step.step_id, ends_ns))
+            self._report(StepProgressed(launched.step.instance_id, launched.step.step_id, ends_ns), at_ns)
 
         self._schedule(at_ns, progress)
 
@@ -202,6 +203,7 @@ class SimDevice:
         generation = launched.generation
         end_fs = launched.end_fs(num_repetitions)
         self._device_free_fs = end_fs
+        at_ns = -(-end_fs // _FS_PER_NS)
 
         def finish(_: object) -> None:
             if launched.generation != generation:
@@ -212,12 +214,12 @@ class SimDevice:
             instance_id, step_id = launched.step.instance_id, launched.step.step_id
             if self.fails_next:
                 self.fails_next = False
-                self._report(StepFailed(instance_id, step_id, "injected fault"))
+                self._report(StepFailed(instance_id, step_id, "injected fault"), at_ns)
             else:
-                self._report(StepFinished(instance_id, step_id, launched.take_ends_ns(num_repetitions)))
+                self._report(StepFinished(instance_id, step_id, launched.take_ends_ns(num_repetitions)), at_ns)
 
-        self._schedule(_to_ns(end_fs), finish)
+        self._schedule(at_ns, finish)
 
 
 def _to_ns(time_fs: int) -> int:
-    return -(-time_fs // FEMTOSECONDS_PER_NANOSECOND)
+    return -(-time_fs // _FS_PER_NS)

@@ -6,7 +6,8 @@ that heard something is polled once, then its effects are carried out. Messages 
 order in which machines are polled makes no difference.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import assert_never
 
@@ -104,8 +105,9 @@ class SimDriver:
 
     def submit(self, event: RequestArrived | RequestCancelled) -> None:
         """A client asks, or goes away, now."""
-        self._observe(self.now_ns, event)
-        self._deliver(CONTROL_PLANE, event)
+        now_ns = self.now_ns
+        self._observe(now_ns, event)
+        self._deliver(CONTROL_PLANE, event, now_ns)
 
     def fail_next_step(self, instance_id: InstanceId) -> None:
         self._instances[instance_id].device.fails_next = True
@@ -131,10 +133,14 @@ class SimDriver:
         """Until nothing is left to happen. Machines are polled when an instant has no event left."""
         env = self._env
         step, peek = env.step, env.peek
-        while peek() != simpy.core.Infinity:
+        next_ns = peek()
+        while next_ns != simpy.core.Infinity:
+            now_ns = next_ns
             step()
-            if self._dirty and peek() > env.now:
-                self._poll_dirty()
+            next_ns = peek()
+            if self._dirty and next_ns > now_ns:
+                self._poll_dirty(now_ns)
+                next_ns = peek()
 
     # --- instants ----------------------------------------------------------------------------------------
 
@@ -143,9 +149,8 @@ class SimDriver:
         timeout = simpy.Timeout(env, at_ns - env.now)
         timeout.callbacks.append(call)  # type: ignore[union-attr]
 
-    def _deliver(self, machine_id: InstanceId, event: _Message) -> None:
+    def _deliver(self, machine_id: InstanceId, event: _Message, now_ns: int) -> None:
         """Hand an event to a machine; it is polled when the instant is drained."""
-        now_ns = self.now_ns
         if self._log is not None:
             self._log.event(now_ns, machine_id, event)
         if machine_id == CONTROL_PLANE:
@@ -154,9 +159,8 @@ class SimDriver:
             self._instances[machine_id].machine.handle(event, now_ns)  # type: ignore[arg-type]
         self._dirty[machine_id] = None
 
-    def _poll_dirty(self) -> None:
+    def _poll_dirty(self, now_ns: int) -> None:
         dirty, self._dirty = self._dirty, {}
-        now_ns = self.now_ns
         for machine_id in dirty:
             if machine_id == CONTROL_PLANE:
                 self._poll_control_plane(now_ns)
@@ -200,7 +204,7 @@ class SimDriver:
             instance.cost_model,
             config.steps_in_flight_max,
             self._at,
-            lambda report: self._step_reported(config.instance_id, report),
+            partial(self._step_reported, config.instance_id),
         )
         self._instances[config.instance_id] = sim_instance
         self._deliver(
@@ -212,11 +216,12 @@ class SimDriver:
                 config.max_num_seqs,
                 config.max_num_batched_tokens,
             ),
+            self.now_ns,
         )
 
-    def _step_reported(self, instance_id: InstanceId, report: StepReport) -> None:
-        self._observe(self.now_ns, report)
-        self._deliver(instance_id, report)
+    def _step_reported(self, instance_id: InstanceId, report: StepReport, now_ns: int) -> None:
+        self._observe(now_ns, report)
+        self._deliver(instance_id, report, now_ns)
 
     def _poll_instance(self, instance_id: InstanceId, now_ns: int) -> None:
         instance = self._instances[instance_id]
@@ -231,16 +236,17 @@ class SimDriver:
         for effect in effects:
             observe(now_ns, effect)
             self._perform_for_instance(instance, effect, now_ns)
-        deadline_ns = instance.machine.deadline_ns()
-        if deadline_ns is not None:
-            self._arm(instance_id, deadline_ns)
+        if effects:
+            deadline_ns = instance.machine.deadline_ns()
+            if deadline_ns is not None:
+                self._arm(instance_id, deadline_ns)
 
     def _perform_for_instance(self, instance: _SimInstance, effect: InstanceEffect, now_ns: int) -> None:
         match effect:
-            case RunStep():
-                instance.device.launch(effect, now_ns)
             case EmitTokens():
                 pass
+            case RunStep():
+                instance.device.launch(effect, now_ns)
             case RequestFinished(request_id=request_id):
                 self._send(CONTROL_PLANE, effect, now_ns)
                 self._request_is_over(request_id, now_ns)
@@ -266,7 +272,7 @@ class SimDriver:
 
         def done() -> None:
             self._observe(self.now_ns, KVTransferred(effect.transfer_id))
-            self._tell(source_id, KVTransferred(effect.transfer_id))
+            self._tell(source_id, KVTransferred(effect.transfer_id), self.now_ns)
 
         self._network.start(effect.transfer_id, source_id, target_id, effect.num_bytes, now_ns, done)
 
@@ -306,17 +312,17 @@ class SimDriver:
         def arrive(_: object) -> None:
             del self._outgoing[to, at_ns]
             for each in messages:
-                self._tell(to, each)
+                self._tell(to, each, at_ns)
 
         self._at(at_ns, arrive)
 
-    def _tell(self, to: InstanceId, message: _Message) -> None:
+    def _tell(self, to: InstanceId, message: _Message, now_ns: int) -> None:
         if to != CONTROL_PLANE:
             instance = self._instances[to]
             if instance.lost:
                 return
-            instance.device.interrupt(self.now_ns)
-        self._deliver(to, message)
+            instance.device.interrupt(now_ns)
+        self._deliver(to, message, now_ns)
 
     def _request_is_over(self, request_id: str, now_ns: int) -> None:
         if self.on_request_over is not None:
@@ -351,4 +357,4 @@ class SimDriver:
             num_output_tokens = self._fold.num_emitted(record.request.request_id)
             if record.finish_reason is None and num_output_tokens:
                 emitted.append(EmittedOutput(record.request.request_id, num_output_tokens))
-        self._deliver(CONTROL_PLANE, InstanceLost(instance_id, tuple(emitted)))
+        self._deliver(CONTROL_PLANE, InstanceLost(instance_id, tuple(emitted)), self.now_ns)

@@ -61,7 +61,7 @@ def replay(
         cluster=cluster,
         trace=trace,
         seed=seed,
-        metrics=driver.metrics.metrics,
+        metrics=driver.metrics.result(),
         log_sha256=None if log is None else log.close(),
         wall_s=perf_counter() - started_s,
     )

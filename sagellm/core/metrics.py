@@ -5,6 +5,9 @@ are in it: requests that get a token in every step have equal gaps between token
 once with the number of requests that saw it.
 """
 
+from __future__ import annotations
+
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -30,6 +33,9 @@ from sagellm.core.messages import (
 )
 from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics, TransferRecord
 
+_LAUNCH_COLUMNS = 6
+_RETURN_COLUMNS = 2
+
 
 @dataclass(slots=True)
 class _Lockstep:
@@ -43,12 +49,14 @@ class _Lockstep:
 
 
 class MetricsFold:
-    """Takes the log record by record; `metrics` is the result so far."""
+    """Takes the log record by record; `result` is what it comes to."""
 
     def __init__(self) -> None:
         self.metrics = RunMetrics()
         self._lockstep: dict[InstanceId, _Lockstep] = {}
         self._transfers: dict[TransferId, TransferRecord] = {}
+        self._launches: dict[InstanceId, array[int]] = {}  # a row of `_LAUNCH_COLUMNS` for each step
+        self._returns: dict[InstanceId, array[int]] = {}  # end and repetitions of each step
         self._num_progressed: dict[InstanceId, int] = {}  # repetitions that the step in flight told of
         self._queued: dict[RequestId, None] = {}
         self._handlers: dict[type, Callable[[int, Any], None]] = {
@@ -100,9 +108,6 @@ class MetricsFold:
 
     def _step_launched(self, now_ns: int, effect: RunStep) -> None:
         metrics, plan = self.metrics, effect.plan
-        timeline = metrics.timelines.get(effect.instance_id)
-        if timeline is None:
-            timeline = metrics.timelines[effect.instance_id] = InstanceTimeline()
         num_prefill_tokens = 0
         for chunk in plan.chunks:
             num_prefill_tokens += chunk.num_tokens
@@ -114,12 +119,20 @@ class MetricsFold:
                 metrics.num_prompt_tokens_queried += record.request.num_prompt_tokens
                 metrics.num_prompt_tokens_hit += chunk.num_computed_tokens
         metrics.num_preemptions += len(plan.preempted_request_ids)
-        timeline.time_ns.append(now_ns)
-        timeline.num_running.append(effect.num_running)
-        timeline.num_waiting.append(effect.num_waiting)
-        timeline.num_blocks_in_use.append(effect.num_blocks_in_use)
-        timeline.num_prefill_tokens.append(num_prefill_tokens)
-        timeline.num_decode_seqs.append(len(plan.decode_request_ids))
+        rows = self._launches.get(effect.instance_id)
+        if rows is None:
+            rows = self._launches[effect.instance_id] = array("q")
+            self._returns[effect.instance_id] = array("q")
+        rows.extend(
+            (
+                now_ns,
+                effect.num_running,
+                effect.num_waiting,
+                effect.num_blocks_in_use,
+                num_prefill_tokens,
+                len(plan.decode_request_ids),
+            )
+        )
 
     def _step_progressed(self, now_ns: int, event: StepProgressed) -> None:
         self.metrics.num_steps += len(event.ends_ns)
@@ -128,14 +141,20 @@ class MetricsFold:
     def _step_finished(self, now_ns: int, event: StepFinished) -> None:
         num_ends = len(event.ends_ns)
         self.metrics.num_steps += num_ends
-        timeline = self.metrics.timelines[event.instance_id]
-        timeline.end_ns.append(event.ends_ns[-1])
-        timeline.num_repeats.append(num_ends + self._num_progressed.pop(event.instance_id, 0))
+        num_repeats = num_ends + self._num_progressed.pop(event.instance_id, 0)
+        self._returns[event.instance_id].extend((event.ends_ns[-1], num_repeats))
 
     def _step_failed(self, now_ns: int, event: StepFailed) -> None:
-        timeline = self.metrics.timelines[event.instance_id]
-        timeline.end_ns.append(now_ns)
-        timeline.num_repeats.append(self._num_progressed.pop(event.instance_id, 0))
+        self._returns[event.instance_id].extend((now_ns, self._num_progressed.pop(event.instance_id, 0)))
+
+    def result(self) -> RunMetrics:
+        """The metrics so far, with the timelines in columns."""
+        for instance_id, rows in self._launches.items():
+            ends = self._returns[instance_id]
+            launched = (rows[i::_LAUNCH_COLUMNS] for i in range(_LAUNCH_COLUMNS))
+            returned = (ends[i::_RETURN_COLUMNS] for i in range(_RETURN_COLUMNS))
+            self.metrics.timelines[instance_id] = InstanceTimeline(*launched, *returned)
+        return self.metrics
 
     def _emitted(self, now_ns: int, effect: EmitTokens) -> None:
         lockstep = self._lockstep.get(effect.instance_id)

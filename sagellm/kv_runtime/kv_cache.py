@@ -124,6 +124,14 @@ class KVCache:
         blocks.block_ids += new_ids
         return new_ids
 
+    def grow_one(self, blocks: RequestBlocks) -> BlockId:
+        """``grow`` by one block, which is what nearly every call asks for."""
+        if self._free_ids:
+            block_id = self._free_ids.pop()
+            blocks.block_ids.append(block_id)
+            return block_id
+        return self.grow(blocks, 1)[0]
+
     def publish(self, request: RequestSpec, blocks: RequestBlocks, num_computed_tokens: int) -> None:
         """Let other requests use the full blocks of the prompt, as far as they have been computed."""
         if not self.prefix_caching:

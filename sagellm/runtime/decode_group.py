@@ -16,7 +16,7 @@ from sagellm.runtime.local_request import LocalRequest, RequestState
 class DecodeGroup:
     """The members, in the order in which they joined."""
 
-    __slots__ = ("_by_growth", "_context_offset", "_finish_heap", "_request_ids", "block_size", "members")
+    __slots__ = ("_context_offset", "_finish_heap", "_request_ids", "block_size", "by_growth", "members")
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -24,7 +24,7 @@ class DecodeGroup:
         self._request_ids: tuple[RequestId, ...] | None = ()
         self._context_offset = 0
         # Members by the step, modulo the block size, in which they need a new block.
-        self._by_growth: list[dict[RequestId, LocalRequest]] = [{} for _ in range(block_size)]
+        self.by_growth: list[dict[RequestId, LocalRequest]] = [{} for _ in range(block_size)]
         # (finish clock, sequence, join clock, member); entries of members that left early are stale.
         self._finish_heap: list[tuple[int, int, int, LocalRequest]] = []
 
@@ -51,14 +51,14 @@ class DecodeGroup:
         self.members[request.request_id] = request
         self._request_ids = None
         self._context_offset += base_computed - clock
-        self._by_growth[(1 + clock - base_computed) % self.block_size][request.request_id] = request
+        self.by_growth[(1 + clock - base_computed) % self.block_size][request.request_id] = request
         heappush(self._finish_heap, (request.finish_clock, request.sequence, clock, request))
 
     def leave(self, request: LocalRequest) -> None:
         del self.members[request.request_id]
         self._request_ids = None
         self._context_offset -= request.base_computed - request.join_clock
-        del self._by_growth[(1 + request.join_clock - request.base_computed) % self.block_size][request.request_id]
+        del self.by_growth[(1 + request.join_clock - request.base_computed) % self.block_size][request.request_id]
 
     def num_context_tokens(self, clock: int) -> int:
         """Tokens computed for all members together once step ``clock`` has run."""
@@ -66,7 +66,7 @@ class DecodeGroup:
 
     def growing(self, clock: int) -> dict[RequestId, LocalRequest]:
         """Members that need one more block for step ``clock``."""
-        return self._by_growth[clock % self.block_size]
+        return self.by_growth[clock % self.block_size]
 
     def num_returned_output(self, request: LocalRequest, done_clock: int) -> int:
         """Output tokens of a member, or former member, that have come back once step ``done_clock`` has."""

@@ -63,7 +63,7 @@ class _StepInFlight:
     muted: dict[RequestId, None] | None = None  # requests that left since the step was planned
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Return:
     record: _StepInFlight
     ends_ns: tuple[int, ...]
@@ -109,6 +109,8 @@ class Instance:
         """Decide. To be called once per drained instant in which something was handled, or at the deadline."""
         assert now_ns >= self._now_ns, f"time ran backwards: {now_ns} after {self._now_ns}"
         self._now_ns = now_ns
+        if not self._returned and not self._failed and not self._sender.has_handovers and not self._num_slots_free():
+            return ()
         effects: list[InstanceEffect] = []
         if self._returned:
             returned, self._returned = self._returned, []
@@ -293,10 +295,12 @@ class Instance:
             inbox, self._inbox = self._inbox, []
             for event in inbox:
                 self._take_in(event, effects)
-        effects.extend(self._sender.expire(now_ns))
-        for blocks in self._sender.released:
-            scheduler.free_blocks(blocks, self._done_clock)
-        self._sender.released.clear()
+        if self._sender.is_busy:
+            effects.extend(self._sender.expire(now_ns))
+        if self._sender.released:
+            for blocks in self._sender.released:
+                scheduler.free_blocks(blocks, self._done_clock)
+            self._sender.released.clear()
         scheduler.free_deferred(self._done_clock)
         if self._in_flight and self._in_flight[0].void:
             return False
@@ -309,9 +313,10 @@ class Instance:
         while scheduler.reservations and (admitted := scheduler.admit_reservation()) is not None:
             effects.append(self._reserved(*admitted))
         plan = scheduler.plan(self._done_clock)
-        for request in scheduler.preempted_since:
-            self._mute(request)
-        scheduler.preempted_since.clear()
+        if scheduler.preempted_since:
+            for request in scheduler.preempted_since:
+                self._mute(request)
+            scheduler.preempted_since.clear()
         if plan is None:
             return False
         effects.append(self._launch(plan))

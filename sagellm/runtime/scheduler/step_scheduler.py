@@ -67,13 +67,22 @@ class StepScheduler:
         first = self.planned_clock + 1
         self.planned_clock += num_executions
         block_size = self.config.block_size
-        grow, new_block_ids = self.kv.grow, self._new_block_ids
+        by_growth = self.decodes.by_growth
         for clock in range(first, first + min(num_executions, block_size)):
-            growing = self.decodes.growing(clock)
+            growing = by_growth[clock % block_size]
             if growing:
-                num_blocks = (num_executions - (clock - first) - 1) // block_size + 1
-                for request_id, request in growing.items():
-                    new_block_ids.append((request_id, tuple(grow(request.blocks, num_blocks))))  # type: ignore[arg-type]
+                self._grow(growing, (num_executions - (clock - first) - 1) // block_size + 1)
+
+    def _grow(self, growing: dict[RequestId, LocalRequest], num_blocks: int) -> None:
+        new_block_ids = self._new_block_ids
+        if num_blocks == 1:
+            grow_one = self.kv.grow_one
+            for request_id, request in growing.items():
+                new_block_ids.append((request_id, (grow_one(request.blocks),)))  # type: ignore[arg-type]
+            return
+        for request_id, request in growing.items():
+            assert request.blocks is not None
+            new_block_ids.append((request_id, tuple(self.kv.grow(request.blocks, num_blocks))))
 
     # --- queues ---------------------------------------------------------------------------------
 
@@ -169,43 +178,42 @@ class StepScheduler:
         """The next step, committed, or None where there is nothing to do, or no room until some
         committed step or transfer has come back.
         """
-        self._drain_fully_planned()
-        if not self._make_room_for_decodes(done_clock):
-            return None
-        decode_ids = self.decodes.request_ids
-        num_context_tokens = self.decodes.num_context_tokens(self.planned_clock)
+        decodes = self.decodes
+        if decodes.members:
+            self._drain_fully_planned()
+            if decodes.growing(self.planned_clock + 1) and not self._make_room_for_decodes(done_clock):
+                return None
+        decode_ids = decodes.request_ids
+        num_context_tokens = decodes.num_context_tokens(self.planned_clock)
         self.commit(1)
-        budget = self.config.max_num_batched_tokens - len(decode_ids)
         chunks: list[TokenChunk] = []
-        if self.prefilling:
-            budget = self._continue_prefills(chunks, budget)
-        if self.waiting and not self._preempted:
-            self._admit_waiting(chunks, budget)
-        if not chunks and not decode_ids:
-            self.planned_clock -= 1
-            return None
+        if self.prefilling or self.waiting:
+            budget = self.config.max_num_batched_tokens - len(decode_ids)
+            if self.prefilling:
+                budget = self._continue_prefills(chunks, budget)
+            if self.waiting and not self._preempted:
+                self._admit_waiting(chunks, budget)
         if chunks:
             self._settle_chunks(chunks)
+        elif not decode_ids:
+            self.planned_clock -= 1
+            return None
         return self._take_plan(decode_ids, num_context_tokens, tuple(chunks) if chunks else _NO_CHUNKS)
 
     def _take_plan(
         self, decode_ids: tuple[RequestId, ...], num_context_tokens: int, chunks: tuple[TokenChunk, ...]
     ) -> StepPlan:
-        new_block_ids, self._new_block_ids = self._new_block_ids, []
+        new_block_ids = tuple(self._new_block_ids)
+        self._new_block_ids.clear()
         if not self._preempted:
-            return StepPlan(decode_ids, num_context_tokens, chunks, tuple(new_block_ids))
-        preempted, self._preempted = self._preempted, []
-        return StepPlan(
-            decode_ids,
-            num_context_tokens,
-            chunks,
-            tuple(new_block_ids),
-            tuple(request.request_id for request in preempted),
-        )
+            return StepPlan(decode_ids, num_context_tokens, chunks, new_block_ids)
+        preempted_ids = tuple(request.request_id for request in self._preempted)
+        self._preempted.clear()
+        return StepPlan(decode_ids, num_context_tokens, chunks, new_block_ids, preempted_ids)
 
     def repeat_max(self, chunks: tuple[TokenChunk, ...]) -> int:
         """How often the plan just made can be repeated with the same requests."""
-        if chunks or self.prefilling:
+        if chunks or self.prefilling or self.config.repeat_max == 1:
             return 1
         if (self.waiting or self.reservations or self.staying) and (self.num_unreturned or self._deferred):
             # What is on its way back may make room for somebody.
@@ -218,6 +226,9 @@ class StepScheduler:
         return self.decodes.repeat_max(self.planned_clock, self.kv.num_available, repeats)
 
     def _drain_fully_planned(self) -> None:
+        finish_clock = self.decodes.next_finish_clock()
+        if finish_clock is None or finish_clock > self.planned_clock:
+            return
         for request in self.decodes.pop_fully_planned(self.planned_clock):
             request.move(RequestState.DRAINING)
             self.draining.append(request)

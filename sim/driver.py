@@ -135,7 +135,7 @@ class SimDriver:
         step, peek = env.step, env.peek
         next_ns = peek()
         while next_ns != simpy.core.Infinity:
-            now_ns = next_ns
+            now_ns: int = next_ns  # type: ignore[assignment]
             step()
             next_ns = peek()
             if self._dirty and next_ns > now_ns:
@@ -147,7 +147,7 @@ class SimDriver:
     def _at(self, at_ns: int, call: Callable[[object], None]) -> None:
         env = self._env
         timeout = simpy.Timeout(env, at_ns - env.now)
-        timeout.callbacks.append(call)  # type: ignore[union-attr]
+        timeout.callbacks.append(call)
 
     def _deliver(self, machine_id: InstanceId, event: _Message, now_ns: int) -> None:
         """Hand an event to a machine; it is polled when the instant is drained."""

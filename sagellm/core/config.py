@@ -32,6 +32,8 @@ class InstanceConfig:
     kv_bytes_per_token: int = 0  # over all ranks of the instance
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    max_num_chunks: int = 0  # prompts of which one step computes some; 0: as many as max_num_seqs
+    max_chunk_tokens: int = 0  # of one prompt in one step; 0: as many as the step has room for
     steps_in_flight_max: int = 2
     prefix_caching: bool = True
     eviction: str = "lru"
@@ -45,6 +47,9 @@ class InstanceConfig:
         for name in ("num_blocks", "block_size", "max_num_seqs", "repeat_max", "steps_in_flight_max"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, must be 1 or more")
+        for name in ("max_num_chunks", "max_chunk_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, must be 1 or more, or 0 for no limit of its own")
         if self.steps_in_flight_max > 2:
             raise ValueError(f"steps_in_flight_max: {self.steps_in_flight_max}, must be 1 or 2")
         if self.max_num_batched_tokens < self.max_num_seqs:

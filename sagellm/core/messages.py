@@ -14,7 +14,8 @@ were sent; ``InstanceLost`` comes after all messages that the instance had sent,
 from or to it writes any more (transfers to it fail).
 """
 
-from dataclasses import dataclass
+
+import msgspec
 
 from sagellm.core.config import Role
 from sagellm.core.identity import BlockId, InstanceId, RequestId, StepId, TransferId
@@ -24,20 +25,17 @@ from sagellm.core.request import FinishReason, RequestSpec
 # --- from the world to the control plane -----------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RequestArrived:
+class RequestArrived(msgspec.Struct, frozen=True):
     request: RequestSpec
 
 
-@dataclass(frozen=True, slots=True)
-class RequestCancelled:
+class RequestCancelled(msgspec.Struct, frozen=True):
     """The client went away or asked to stop."""
 
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceJoined:
+class InstanceJoined(msgspec.Struct, frozen=True):
     """An instance is ready to serve."""
 
     instance_id: InstanceId
@@ -47,8 +45,7 @@ class InstanceJoined:
     max_num_batched_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class EmittedOutput:
+class EmittedOutput(msgspec.Struct, frozen=True):
     """What a client had received of one request when its instance was lost."""
 
     request_id: RequestId
@@ -56,8 +53,7 @@ class EmittedOutput:
     output_token_ids: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceLost:
+class InstanceLost(msgspec.Struct, frozen=True):
     """An instance died.
 
     ``emitted`` has the output that clients already have of each unfinished request that the instance
@@ -71,8 +67,7 @@ class InstanceLost:
 # --- messages: control plane to instance -----------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class AssignRequest:
+class AssignRequest(msgspec.Struct, frozen=True):
     """Serve this request. With ``hand_over`` the instance prefills it and passes its KV on."""
 
     instance_id: InstanceId
@@ -82,8 +77,7 @@ class AssignRequest:
     output_token_ids: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ReserveKV:
+class ReserveKV(msgspec.Struct, frozen=True):
     """To a decode instance: make room for this request's KV, then say so to ``source_instance_id``.
 
     ``attempt`` numbers the hand-overs of one request; answers to an older attempt are stale.
@@ -95,16 +89,14 @@ class ReserveKV:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class AbortRequest:
+class AbortRequest(msgspec.Struct, frozen=True):
     """Stop this request wherever it is. Answered by ``RequestFinished`` where it was still there."""
 
     instance_id: InstanceId
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class ReleaseKV:
+class ReleaseKV(msgspec.Struct, frozen=True):
     """To a decode instance: the hand-over of that attempt is off; give its room back."""
 
     instance_id: InstanceId
@@ -112,8 +104,7 @@ class ReleaseKV:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeHere:
+class DecodeHere(msgspec.Struct, frozen=True):
     """To a prefill instance: no decode instance can take this request; go on with it yourself."""
 
     instance_id: InstanceId
@@ -123,8 +114,7 @@ class DecodeHere:
 # --- messages: instance to instance -----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class KVReserved:
+class KVReserved(msgspec.Struct, frozen=True):
     """From a decode instance to the prefill instance: these blocks wait for the request's KV.
 
     ``block_ids[i]`` takes the KV of the request's logical block ``first_block_index + i``; earlier
@@ -139,8 +129,7 @@ class KVReserved:
     block_ids: tuple[BlockId, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class HandoverFinished:
+class HandoverFinished(msgspec.Struct, frozen=True):
     """From the prefill to the decode instance: all KV is there; the request is yours."""
 
     instance_id: InstanceId  # the receiver: the decode instance
@@ -154,16 +143,14 @@ class HandoverFinished:
 # --- messages: instance to control plane ------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillFinished:
+class PrefillFinished(msgspec.Struct, frozen=True):
     """The request's prompt is computed and its first token is out."""
 
     request_id: RequestId
     instance_id: InstanceId
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFinished:
+class RequestFinished(msgspec.Struct, frozen=True):
     """The request ended on this instance; nothing of it runs there any more."""
 
     request_id: RequestId
@@ -172,8 +159,7 @@ class RequestFinished:
     num_output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class RequestMoved:
+class RequestMoved(msgspec.Struct, frozen=True):
     """The request's KV has left ``instance_id``; it decodes on ``target_instance_id`` from now on."""
 
     request_id: RequestId
@@ -181,8 +167,7 @@ class RequestMoved:
     target_instance_id: InstanceId
 
 
-@dataclass(frozen=True, slots=True)
-class HandoverFailed:
+class HandoverFailed(msgspec.Struct, frozen=True):
     """The KV could not be moved. The prefill instance still holds it and waits to be told."""
 
     request_id: RequestId
@@ -195,8 +180,7 @@ class HandoverFailed:
 # --- from the device and the network to an instance -------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class StepProgressed:
+class StepProgressed(msgspec.Struct, frozen=True):
     """Some repetitions of a repeated step are over, exactly one more is under way and is the last.
 
     ``ends_ns`` are the times at which the repetitions ended since the step was launched; it may be
@@ -209,8 +193,7 @@ class StepProgressed:
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StepFinished:
+class StepFinished(msgspec.Struct, frozen=True):
     """A step is over: ``len(ends_ns)`` repetitions, less those that ``StepProgressed`` told of.
 
     ``token_ids`` has one tuple for each of the plan's ``sampled_request_ids``, of one token for each
@@ -223,8 +206,7 @@ class StepFinished:
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StepFailed:
+class StepFailed(msgspec.Struct, frozen=True):
     """A step gave nothing: its requests' KV of this step must not be trusted."""
 
     instance_id: InstanceId
@@ -232,13 +214,11 @@ class StepFailed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class KVTransferred:
+class KVTransferred(msgspec.Struct, frozen=True):
     transfer_id: TransferId
 
 
-@dataclass(frozen=True, slots=True)
-class KVTransferFailed:
+class KVTransferFailed(msgspec.Struct, frozen=True):
     """The transfer is over and did not succeed. Nothing writes to its blocks any more."""
 
     transfer_id: TransferId
@@ -248,8 +228,7 @@ class KVTransferFailed:
 # --- effects ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RejectRequest:
+class RejectRequest(msgspec.Struct, frozen=True):
     """Tell the client that its request is not served; its one terminal outcome."""
 
     request_id: RequestId
@@ -257,8 +236,7 @@ class RejectRequest:
     retryable: bool  # true where the same request may succeed later
 
 
-@dataclass(frozen=True, slots=True)
-class RunStep:
+class RunStep(msgspec.Struct, frozen=True):
     """Run this plan, up to ``repeat_max`` times back to back, each request gaining a token each time.
 
     A driver ends the repetition at the first step boundary after an event for the instance. With two
@@ -275,8 +253,7 @@ class RunStep:
     num_blocks_in_use: int = 0  # not counting cached blocks that nobody uses
 
 
-@dataclass(frozen=True, slots=True)
-class EmitTokens:
+class EmitTokens(msgspec.Struct, frozen=True):
     """Send tokens to clients: each of these requests got one token at each of these times."""
 
     instance_id: InstanceId
@@ -286,8 +263,7 @@ class EmitTokens:
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TransferKV:
+class TransferKV(msgspec.Struct, frozen=True):
     """Copy whole blocks between instances. ``source_block_ids[i]`` goes to ``target_block_ids[i]``."""
 
     transfer_id: TransferId
@@ -299,8 +275,7 @@ class TransferKV:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class CancelTransfer:
+class CancelTransfer(msgspec.Struct, frozen=True):
     """Stop a transfer. It is closed as ever, by whichever of its two events is true."""
 
     transfer_id: TransferId

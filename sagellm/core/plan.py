@@ -4,13 +4,13 @@ A step has no phases. It is ``{request: number of tokens}``, written in a form t
 hundreds of requests each get one token.
 """
 
-from dataclasses import dataclass
+
+import msgspec
 
 from sagellm.core.identity import BlockId, RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class TokenChunk:
+class TokenChunk(msgspec.Struct, frozen=True):
     """Some consecutive tokens of one request, other than a lone decode token."""
 
     request_id: RequestId
@@ -19,8 +19,7 @@ class TokenChunk:
     samples: bool  # true where the chunk reaches the request's last known token, so a new one comes out
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True):
     """One forward pass, in integers only.
 
     ``decode_request_ids`` get one token each and sample one each. ``new_block_ids`` extends block

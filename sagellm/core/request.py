@@ -1,7 +1,8 @@
 """What a client asks for, as the machines see it: integers, never text."""
 
-from dataclasses import dataclass, field
 from enum import StrEnum
+
+import msgspec
 
 from sagellm.core.identity import RequestId
 
@@ -15,16 +16,14 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True)
-class LatencySLO:
+class LatencySLO(msgspec.Struct, frozen=True):
     """Limits that one request must keep, all of them, to count towards goodput; None: no limit."""
 
     ttft_ns: int | None = None
     tpot_ns: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSpec:
+class RequestSpec(msgspec.Struct, frozen=True):
     """One request.
 
     The prompt's identity, for prefix reuse, comes in one of two forms, or not at all:
@@ -38,7 +37,7 @@ class RequestSpec:
     num_prompt_tokens: int
     max_output_tokens: int
     priority: int = 0  # lower is more urgent, as in vLLM
-    slo: LatencySLO = field(default=LatencySLO())
+    slo: LatencySLO = LatencySLO()
     prompt_token_ids: tuple[int, ...] | None = None
     content_ids: tuple[int, ...] = ()
     content_block_size: int = 0

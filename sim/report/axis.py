@@ -41,27 +41,26 @@ class Axis:
         return float(self.position(np.array([value]))[0])
 
 
-def significant(value: float, digits: int = 3) -> str:
-    """To so many significant digits, never with an exponent, thousands apart by a thin space."""
+def significant(value: float, digits: int = 3, trim: bool = True) -> str:
+    """To so many significant digits, never with an exponent; ``trim``: without zeros at the end of a fraction."""
     if value == 0:
         return "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{decimals}f}"
-    if "." in text:
-        text = text.rstrip("0").rstrip(".")
-    return text.replace(",", "\u2009")
+    return text.rstrip("0").rstrip(".") if trim and "." in text else text
 
 
 DURATION_UNITS = ((0.9995e-6, 1e9, "ns"), (0.9995e-3, 1e6, "\u00b5s"), (0.9995, 1e3, "ms"), (120.0, 1.0, "s"))
 
 
-def format_duration(value_s: float) -> str:
+def format_duration(value_s: float, trim: bool = True) -> str:
     """In the unit that keeps the number between 1 and 1000, up to minutes and hours."""
     size = abs(value_s)
     for limit_s, factor, unit in DURATION_UNITS:
         if size < limit_s:
-            return f"{significant(value_s * factor)}\u00a0{unit}"
-    return f"{significant(value_s / 60)}\u00a0min" if size < 7200 else f"{significant(value_s / 3600)}\u00a0h"
+            return f"{significant(value_s * factor, trim=trim)}\u00a0{unit}"
+    size_s, unit = (60, "min") if size < 7200 else (3600, "h")
+    return f"{significant(value_s / size_s, trim=trim)}\u00a0{unit}"
 
 
 def format_bytes(value: float) -> str:
@@ -110,7 +109,7 @@ TIME_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 1
 def time_axis(high_s: float, ticks_max: int = 5) -> Axis:
     """Time since the run's first arrival, with ticks at round seconds, minutes or hours."""
     high_s = high_s if high_s > 0 else 1.0
-    step_s = next((float(step) for step in TIME_STEPS_S if high_s / step <= ticks_max), 0.0)
+    step_s = next((float(step) for step in TIME_STEPS_S if high_s // step <= ticks_max), 0.0)
     if step_s == 0.0 or high_s < 2:
         step_s = round_step(high_s / ticks_max)
     unit, size_s = ("h", 3600) if step_s >= 3600 else ("min", 60) if step_s >= 60 else ("s", 1)
@@ -126,15 +125,25 @@ def round_step(at_least: float) -> float:
 
 
 def zero_axis(kind: Kind, high: float, ticks_max: int = 4) -> Axis:
-    """A linear axis from zero to a round value at or above ``high``."""
+    """A linear axis from zero to just above ``high``, with at most ``ticks_max`` ticks beside that at zero."""
     if not math.isfinite(high) or high <= 0:
         high = 1.0
-    step = round_step(high / ticks_max)
+    high = 1.04 * (max(high, 1.0) if kind is Kind.COUNT else high)
+    step = round_step(high / (ticks_max + 1) * (1 + 1e-6))
     if kind is Kind.COUNT:
         step = max(step, 1.0)
-    count = math.ceil(high / step - 1e-9)
+    count = math.floor(high / step)
     ticks = tuple((i * step, format_value(kind, i * step)) for i in range(count + 1))
-    return Axis(kind, 0.0, count * step, ticks=ticks)
+    return Axis(kind, 0.0, high, ticks=ticks)
+
+
+def log_share_axis(low: float) -> Axis:
+    """From a share of at most 10 % to 100 %, with a tick at each power of ten."""
+    low = min(low, 0.1)
+    ticks = tuple(
+        (10.0**-i, format_value(Kind.SHARE, 10.0**-i)) for i in range(math.floor(-math.log10(low) + 1e-9) + 1)
+    )
+    return Axis(Kind.SHARE, low, 1.0, log=True, ticks=ticks)
 
 
 def share_axis(*values: float) -> Axis:

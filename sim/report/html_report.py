@@ -46,9 +46,10 @@ DEFINITIONS = (
     ("KV in use", "blocks held by requests when a step is launched; cached blocks that nobody uses are not counted."),
 )
 STATUS_MEANING = {
-    "measured": "step times come from measurements of this hardware and engine.",
-    "spec": "step times come from data sheets; compare runs with each other, not with a stopwatch.",
-    "estimate": "step times are estimates: never the base of a claim.",
+    "measured": "the times of steps, and of transfers if there are any, come from measurements.",
+    "spec": "at least one of its prices, of steps or of links, comes from a data sheet; compare runs with each other, "
+    "not with a stopwatch.",
+    "estimate": "at least one of its prices, of steps or of links, is an estimate: never the base of a claim.",
 }
 
 NO_VALUE = "\u2013"

@@ -8,20 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sagellm.core.run_metrics import RunMetrics
-from sim.report.axis import Axis, Kind, format_duration, format_value, log_axis, share_axis
+from sim.report.axis import Axis, Kind, format_duration, log_axis, log_share_axis, share_axis
 from sim.report.run_series import (
     NS_PER_S,
     RequestLatencies,
     cumulative_share,
     request_latencies,
-    weighted_cumulative_share,
+    weighted_tail_share,
 )
 from sim.report.statistics import Distribution, distribution_of, weighted_distribution_of
 from sim.report.svg_plot import Line, Mark, Plot, render_plot, run_class
 
 Floats = NDArray[np.float64]
 PLOT_HEIGHT_PX = 230
+NO_VALUE = "\u2013"
 MARKS_MAX = 3
+ITL_SHARE_MIN = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,27 @@ def distribution_chart(title: str, subtitle: str, curves: Sequence[Curve], limit
     return figure(title, subtitle, ("mean", "p50", "p90", "p99"), curves, plot_svg)
 
 
+def itl_chart(curves: Sequence[Curve]) -> str:
+    """The tail of the gaps: nearly all are one decode step, and what differs is how many are longer."""
+    x_axis = common_log_axis(Kind.DURATION, curves)
+    y_axis = log_share_axis(
+        max(ITL_SHARE_MIN, min((float(curve.y[-1]) for curve in curves if len(curve.y)), default=1))
+    )
+    lines = tuple(
+        Line(
+            curve.label,
+            index,
+            np.concatenate(((x_axis.low,), curve.x, curve.x[-1:])),
+            np.concatenate(((1.0,), curve.y, (y_axis.low,))),
+        )
+        for index, curve in enumerate(curves)
+        if len(curve.x)
+    )
+    plot = Plot("ITL: share of gaps that are so long or longer", x_axis, y_axis, PLOT_HEIGHT_PX, lines=lines)
+    subtitle = "share of gaps between consecutive tokens that are so long or longer; lower is better"
+    return figure("ITL", subtitle, ("p50", "p90", "p99", "longest"), curves, render_plot(plot))
+
+
 def limit_marks(limits_s: Sequence[float]) -> list[Mark]:
     return [Mark(limit_s, f"SLO {format_duration(limit_s)}") for limit_s in limits_s[:MARKS_MAX]]
 
@@ -120,7 +143,7 @@ def distribution_charts(runs: Sequence[LatencyRun]) -> str:
                 [_curve(r, r.latencies.tpot_s) for r in runs],
                 tpot_limits_s,
             ),
-            distribution_chart("ITL", "gaps between consecutive tokens", [_itl_curve(r) for r in runs], ()),
+            itl_chart([_itl_curve(r) for r in runs]),
             distribution_chart("E2E", "arrival to last token", [_curve(r, r.latencies.e2el_s) for r in runs], ()),
         )
     )
@@ -133,23 +156,33 @@ def _curve(run: LatencyRun, values_s: Floats) -> Curve:
 
 
 def _itl_curve(run: LatencyRun) -> Curve:
-    x, y = weighted_cumulative_share(run.itl_s, run.itl_count)
+    x, y = weighted_tail_share(run.itl_s, run.itl_count)
     gaps_ns = np.rint(run.itl_s * NS_PER_S).astype(np.int64)
     gaps = weighted_distribution_of(gaps_ns, run.itl_count.astype(np.int64))
-    return Curve(run.label, x, y, _distribution_cells(gaps))
+    if gaps is None:
+        return Curve(run.label, x, y, (NO_VALUE,) * 4)
+    return Curve(run.label, x, y, _duration_cells(gaps.median_ms, gaps.p90_ms, gaps.p99_ms, 1e3 * float(x[-1])))
 
 
 def _distribution_cells(values: Distribution | None) -> tuple[str, ...]:
     if values is None:
-        return ("\u2013",) * 4
-    in_ms = (values.mean_ms, values.median_ms, values.p90_ms, values.p99_ms)
-    return tuple(format_duration(value_ms / 1e3) for value_ms in in_ms)
+        return (NO_VALUE,) * 4
+    return _duration_cells(values.mean_ms, values.median_ms, values.p90_ms, values.p99_ms)
+
+
+def _duration_cells(*values_ms: float) -> tuple[str, ...]:
+    return tuple(format_duration(value_ms / 1e3, trim=False) for value_ms in values_ms)
 
 
 def attainment_charts(runs: Sequence[LatencyRun]) -> str:
-    """The share of all requests inside both limits, as one limit varies and the other stays."""
+    """The share of all requests inside both limits, as one limit varies and the other stays.
+
+    Nothing where no request has a limit: the distributions say it all then.
+    """
     ttft_limits_s = limits_of(runs, lambda latencies: latencies.ttft_limit_s)
     tpot_limits_s = limits_of(runs, lambda latencies: latencies.tpot_limit_s)
+    if not ttft_limits_s and not tpot_limits_s:
+        return ""
     return _attainment_chart(
         "Goodput as the TTFT limit varies",
         _held("TPOT", tpot_limits_s),
@@ -181,11 +214,11 @@ def _attainment(run: LatencyRun, varied_s: Floats, keeps_other: NDArray[np.bool_
 def _attainment_cells(run: LatencyRun, x: Floats, y: Floats) -> tuple[str, ...]:
     latencies = run.latencies
     good = latencies.meets_ttft() & latencies.meets_tpot()
-    attained = float(good.mean()) if len(good) else float("nan")
-    goodput = float(good.sum()) / run.duration_s if run.duration_s > 0 else float("nan")
+    attained = f"{100 * float(good.mean()):.1f}\u00a0%" if len(good) else NO_VALUE
+    goodput = f"{float(good.sum()) / run.duration_s:,.2f}\u00a0req/s" if run.duration_s > 0 else NO_VALUE
     reached = np.flatnonzero(y >= 0.9)
-    needed = format_duration(float(x[reached[0]])) if len(reached) and x[reached[0]] > 0 else "\u2013"
-    return format_value(Kind.SHARE, attained), f"{format_value(Kind.COUNT, goodput)} req/s", needed
+    needed = format_duration(float(x[reached[0]]), trim=False) if len(reached) and x[reached[0]] > 0 else NO_VALUE
+    return attained, goodput, needed
 
 
 def _attainment_chart(title: str, subtitle: str, curves: Sequence[Curve], limits_s: Sequence[float]) -> str:

@@ -146,7 +146,8 @@ def _panel(load: InstanceLoad, run: LoadRun, run_index: int, axes: tuple[Axis, A
         lines = _mean_and_maximum(what, run_index, run.panel_edges_s, series)
         last = y_axis is axes[1]
         plot = Plot(f"{name}: {what} over time", x_axis, y_axis, height_px, lines=lines, x_labels=last)
-        parts.append(f'<p class="strip">{what}</p>{render_plot(plot)}')
+        figures = f"mean {_mean(series, run, y_axis.kind)}, max {_greatest(series, y_axis.kind)}"
+        parts.append(f'<p class="strip">{what} <span>{figures}</span></p>{render_plot(plot)}')
     tag = f" <span>{escape(role)}</span>" if role else ""
     return f'<figure class="panel"><figcaption><h4>{escape(name)}{tag}</h4></figcaption>{"".join(parts)}</figure>'
 
@@ -156,32 +157,43 @@ def _mean_and_maximum(name: str, run_index: int, edges_s: Floats, series: Binned
     return (Line(name, run_index, middles_s, series.mean, upper=series.maximum),)
 
 
+def _mean(series: BinnedSeries, run: LoadRun, kind: Kind) -> str:
+    """Over the run's own length: the bins reach to the end of the longest run."""
+    share = float(run.edges_s[-1]) / run.duration_s if run.duration_s > 0 else 0.0
+    return format_value(kind, float(series.mean.mean()) * share)
+
+
+def _greatest(series: BinnedSeries, kind: Kind) -> str:
+    return format_value(kind, float(series.maximum.max()))
+
+
 def waiting_charts(runs: Sequence[LoadRun]) -> str:
-    """Requests in the control plane's queue, and requests that wait on instances; one line per run."""
+    """Requests in the control plane's queue, and requests that wait on instances; one line per run.
+
+    A place where no request ever waited has no chart, but a sentence.
+    """
+    queue, instances = "Queued at the control plane", "Waiting on instances"
     return _waiting_chart(
-        "Queued at the control plane", "requests admitted but not yet assigned", runs, [run.queued for run in runs]
+        queue, "requests admitted but not yet assigned", runs, [run.queued for run in runs]
     ) + _waiting_chart(
-        "Waiting on instances",
-        "requests assigned but in no step yet, all instances together",
-        runs,
-        [run.waiting for run in runs],
+        instances, "requests assigned but in no step yet, all instances together", runs, [run.waiting for run in runs]
     )
 
 
 def _waiting_chart(title: str, subtitle: str, runs: Sequence[LoadRun], series: Sequence[BinnedSeries]) -> str:
+    highest = max((float(values.maximum.max()) for values in series), default=0.0)
+    if highest == 0:
+        return f'<p class="none"><b>{escape(title)}</b>: none, ever.</p>'
     curves: list[Curve] = []
     lines: list[Line] = []
     for index, (run, values) in enumerate(zip(runs, series, strict=True)):
-        # The bins reach to the end of the longest run; the mean is that over the run's own length.
-        mean = float(values.mean.mean() * run.edges_s[-1]) / run.duration_s if run.duration_s > 0 else 0.0
-        cells = (format_value(Kind.COUNT, mean), format_value(Kind.COUNT, float(values.maximum.max())))
+        cells = (_mean(values, run, Kind.COUNT), _greatest(values, Kind.COUNT))
         middles_s = (run.edges_s[:-1] + run.edges_s[1:]) / 2
         curves.append(Curve(run.label, middles_s, values.mean, cells))
         # A run's line ends where the run does, not at zero.
         num_bins = max(1, int(np.searchsorted(middles_s, run.duration_s)))
         cut = BinnedSeries(values.mean[:num_bins], values.maximum[:num_bins])
         lines += _mean_and_maximum(run.label, index, run.edges_s[: num_bins + 1], cut)
-    highest = max((float(values.maximum.max()) for values in series), default=0.0)
     x_axis = time_axis(float(runs[0].edges_s[-1]) if runs else 1.0, ticks_max=5)
     plot = Plot(f"{title}: {subtitle}, over time", x_axis, zero_axis(Kind.COUNT, highest), 170, lines=tuple(lines))
-    return figure(title, subtitle, ("mean", "greatest"), curves, render_plot(plot))
+    return figure(title, subtitle, ("mean", "max"), curves, render_plot(plot))

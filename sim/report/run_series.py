@@ -63,15 +63,25 @@ def cumulative_share(values: Floats, num_total: int, points_max: int = 240) -> t
     return ordered[kept], (kept + 1) / num_total
 
 
-def weighted_cumulative_share(values: Floats, weights: Floats, points_max: int = 240) -> tuple[Floats, Floats]:
-    """As ``cumulative_share``, each value counting ``weights`` times."""
+def weighted_tail_share(values: Floats, weights: Floats, points_max: int = 240) -> tuple[Floats, Floats]:
+    """The share of values, each counting ``weights`` times, that are at or above x: a falling step function's corners.
+
+    Where there are more than ``points_max`` different values, those are kept at which the share has
+    fallen by about the same factor.
+    """
     if not len(values) or weights.sum() <= 0:
         return np.empty(0), np.empty(0)
-    order = np.argsort(values, kind="stable")
-    ordered, share = values[order], np.cumsum(weights[order]) / weights.sum()
-    wanted = (1 - np.cos(np.linspace(0, np.pi, points_max))) / 2
-    kept = np.unique(np.minimum(np.searchsorted(share, wanted), len(share) - 1))
-    return ordered[kept], share[kept]
+    ordered, where = np.unique(values, return_inverse=True)
+    share = np.cumsum(np.bincount(where, weights=weights)[::-1])[::-1] / weights.sum()
+    # A value that counts nothing at the end has no share, and no place on a logarithmic axis.
+    ordered, share = ordered[share > 0], share[share > 0]
+    if len(share) > points_max:
+        wanted = np.geomspace(1.0, share[-1], points_max // 2)[1:-1]
+        fallen = len(share) - np.searchsorted(share[::-1], wanted, side="right")
+        # With both ends of each fall, no step is drawn lower than it is for long.
+        kept = np.unique(np.concatenate(((0, len(share) - 1), fallen, fallen - 1)))
+        ordered, share = ordered[kept], share[kept]
+    return np.repeat(ordered, 2)[:-1], np.repeat(share, 2)[1:]
 
 
 @dataclass(frozen=True, slots=True)

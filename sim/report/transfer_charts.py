@@ -55,7 +55,10 @@ def _time_cells(run: TransferRun) -> tuple[str, ...]:
     count = format_value(Kind.COUNT, float(len(run.num_bytes)))
     if not len(run.num_bytes):
         return (count, *("\u2013",) * 3)
-    return (count, *(format_duration(float(value_s)) for value_s in np.quantile(run.duration_s, (0.5, 0.9, 0.99))))
+    return (
+        count,
+        *(format_duration(float(value_s), trim=False) for value_s in np.quantile(run.duration_s, (0.5, 0.9, 0.99))),
+    )
 
 
 def _size_chart(runs: Sequence[TransferRun]) -> str:

@@ -154,18 +154,31 @@ def test_figures_in_the_page_are_those_of_the_metrics() -> None:
     run = synthetic_run(1500, 1, 2, rate_per_s=25.0)
     page = Page(html_report([run]))
     records = [r for r in run.metrics.requests.values() if r.finish_reason is FinishReason.LENGTH]
-    gaps_s = np.repeat(run.metrics.itl_ns, run.metrics.itl_count) / 1e9
     for start, values in {
         "TTFT": [r.ttft_ns / 1e9 for r in records],
         "TPOT": [r.tpot_ns / 1e9 for r in records if r.tpot_ns is not None],
         "E2E": [r.e2el_ns / 1e9 for r in records],
-        "ITL": gaps_s,
     }.items():
         for share in (0.5, 0.9, 0.99):
             expected = float(np.quantile(values, share))
-            assert format_duration(expected) in page.text, (start, share)
+            assert format_duration(expected, trim=False) in page.text, (start, share)
             drawn_below, drawn_above = drawn_at(page.plot(start), run.cluster, share)
             assert drawn_below * 0.98 <= expected <= drawn_above * 1.02
+
+
+def test_tail_of_the_gaps_is_that_of_the_metrics() -> None:
+    run = synthetic_run(1500, 1, 2, rate_per_s=25.0)
+    page = Page(html_report([run]))
+    gaps_s = np.repeat(run.metrics.itl_ns, run.metrics.itl_count) / 1e9
+    for value_s in (*np.quantile(gaps_s, (0.5, 0.9, 0.99)), gaps_s.max()):
+        assert format_duration(float(value_s), trim=False) in page.text
+    plot = page.plot("ITL")
+    low = float(np.mean(gaps_s == gaps_s.max()))
+    corners = [tuple(map(int, pair.split())) for pair in plot.paths[run.cluster][1:].split("L")]
+    for x, y in corners[1:-1]:
+        at_s, drawn = plot.low * (plot.high / plot.low) ** (x / 10_000), low ** (y / 10_000)
+        # The drawing rounds to a ten-thousandth of its width.
+        assert np.mean(gaps_s > at_s * 1.001) * 0.9 <= drawn <= np.mean(gaps_s >= at_s * 0.999) * 1.1
 
 
 def drawn_at(plot: Plot, name: str, share: float) -> tuple[float, float]:
@@ -193,7 +206,26 @@ def test_attainment_counts_what_failed_and_what_meets_both_limits() -> None:
         assert drawn == pytest.approx(good / len(records), abs=0.01)
     last_ns = max(r.last_token_ns for r in records if r.last_token_ns is not None)
     seconds = (last_ns - records[0].request.arrival_ns) / 1e9
-    assert f"{good / seconds:.3g} req/s" in page.text
+    assert f"{good / seconds:.2f}\u00a0req/s" in page.text
+    assert f"{100 * good / len(records):.1f}\u00a0%" in page.text
+
+
+def test_charts_that_would_say_nothing_are_left_out() -> None:
+    limited, unlimited = (Page(html_report([synthetic_run(50, slo=slo)])) for slo in (SLO, LatencySLO()))
+    assert any(plot.label.startswith("Goodput") for plot in limited.plots)
+    assert not any(plot.label.startswith("Goodput") for plot in unlimited.plots)
+    run = synthetic_run(50, num_decode=1, rate_per_s=0.1)
+    for name, column in (
+        ("Queued", run.metrics.queue_depth),
+        ("Waiting", next(iter(run.metrics.timelines.values())).num_waiting),
+    ):
+        for i in range(len(column)):
+            column[i] = 0
+        page = Page(html_report([run]))
+        assert not any(plot.label.startswith(name) for plot in page.plots)
+        assert "none, ever" in page.text
+        column[0] = 1
+        assert any(plot.label.startswith(name) for plot in Page(html_report([run])).plots)
 
 
 def test_transfers_have_their_charts_only_where_there_are_any() -> None:

@@ -16,7 +16,7 @@ from sim.report.run_series import (
     cumulative_share,
     summed,
     timeline_steps,
-    weighted_cumulative_share,
+    weighted_tail_share,
 )
 from sim.report.step_spans import step_spans_ns
 from sim.report.svg_plot import LABEL_CHARACTER_PX, labels_that_fit
@@ -75,13 +75,19 @@ def test_cumulative_share_at_each_corner(values: list[float], num_others: int, p
         assert abs(y[-1] - len(values) / num_total) < 1e-9
 
 
-@given(st.lists(st.tuples(st.floats(0.001, 100), st.integers(1, 5)), min_size=1, max_size=40))
-def test_weighted_share_is_that_of_the_written_out_list(pairs: list[tuple[float, int]]) -> None:
+@given(st.lists(st.tuples(st.floats(0.001, 100), st.integers(1, 5)), min_size=1, max_size=40), st.integers(5, 60))
+def test_tail_share_is_that_of_the_written_out_list(pairs: list[tuple[float, int]], points_max: int) -> None:
     written_out = [value for value, count in pairs for _ in range(count)]
-    x, y = weighted_cumulative_share(np.array([p[0] for p in pairs]), np.array([float(p[1]) for p in pairs]))
+    values, counts = np.array([p[0] for p in pairs]), np.array([float(p[1]) for p in pairs])
+    x, y = weighted_tail_share(values, counts, points_max)
+    assert len(x) == len(y) <= 2 * points_max + 1
+    assert (x[0], x[-1]) == (min(written_out), max(written_out))
     for at, share in zip(x, y, strict=True):
-        assert share <= sum(v <= at for v in written_out) / len(written_out) + 1e-9
-    assert y[-1] == 1
+        above, from_there = (sum(test(v) for v in written_out) / len(written_out) for test in (at.__lt__, at.__le__))
+        # All corners are on the steps; where some were left out, a step is drawn from the one before.
+        assert share <= from_there + 1e-9
+        assert share >= above - 1e-9 or len({*written_out}) > points_max
+    assert all(left >= right for left, right in pairwise(y))
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 100)), min_size=1, max_size=30), st.integers(0, 2))
@@ -121,7 +127,8 @@ def test_log_axis_holds_its_values_and_has_ticks(low: float, factor: float) -> N
 def test_linear_axes_have_few_ticks_that_reach_the_value(high: float) -> None:
     for axis in (zero_axis(Kind.COUNT, high), time_axis(high)):
         assert axis.high >= high * (1 - 1e-9)
-        assert 1 <= len(axis.ticks) <= 7
+        assert 2 <= len(axis.ticks) <= 7
+        assert axis.ticks[-1][0] <= axis.high * (1 + 1e-8)
         assert len({label for _, label in axis.ticks}) == len(axis.ticks)
 
 
@@ -141,9 +148,10 @@ def test_values_are_written_in_the_unit_that_suits_them() -> None:
     assert format_duration(0.0000125) == "12.5\u00a0\u00b5s"
     assert format_duration(0.9999) == "1\u00a0s"
     assert format_duration(0.0432) == "43.2\u00a0ms"
+    assert format_duration(1.0004, trim=False) == "1.00\u00a0s"
     assert format_duration(600) == "10\u00a0min"
     assert format_value(Kind.BYTES, 62.6e6) == "62.6\u00a0MB"
     assert format_value(Kind.SHARE, 0.995) == "99.5\u00a0%"
     assert format_value(Kind.COUNT, float("nan")) == "\u2013"
     assert format_value(Kind.COUNT, 0.001) == "<\u20090.01"
-    assert significant(12345.6) == "12\u2009346"
+    assert significant(12345.6) == "12,346"

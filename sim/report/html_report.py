@@ -11,10 +11,12 @@ from sim.report import assets
 from sim.report.latency_charts import attainment_charts, distribution_charts, latency_run
 from sim.report.load_charts import (
     BINS_MAX,
+    LoadRun,
     kv_kind,
     load_charts,
     load_run,
     longest_run_s,
+    nobody_waits,
     panel_bins,
     waiting_charts,
 )
@@ -52,6 +54,7 @@ STATUS_MEANING = {
     "estimate": "at least one of its prices, of steps or of links, is an estimate: never the base of a claim.",
 }
 
+LATENCY_NOTE = "TTFT, TPOT and E2E: the share of values at or below, so that further left is better."
 NO_VALUE = "\u2013"
 SIDE_BY_SIDE_MAX = 3
 ROWS_IN_ONE_TABLE_MAX = 8
@@ -152,13 +155,13 @@ def _chart_sections(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
     binned = "Line: mean over each of {} intervals. Shade: up to the greatest value in it."
     return "".join(
         (
-            _section("Latency", "Share of values at or below; further left is better.", distribution_charts(latencies)),
+            _section("Latency", LATENCY_NOTE, distribution_charts(latencies)),
             _section(
                 "Goodput against the SLO",
                 "Requests inside both limits, as one limit moves.",
                 attainment_charts(latencies),
             ),
-            _section("Who waits, and where", binned.format(BINS_MAX), waiting_charts(loads)),
+            _waiting_section(loads, binned.format(BINS_MAX)),
             _section(
                 "Load and KV use per instance",
                 f"All panels share their axes. {binned.format(num_bins)}",
@@ -168,6 +171,13 @@ def _chart_sections(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
             _section("KV transfers", "From prefill to decode instances.", transfer_charts(transfers)),
         )
     )
+
+
+def _waiting_section(loads: Sequence[LoadRun], note: str) -> str:
+    if not nobody_waits(loads):
+        return _section("Who waits, and where", note, waiting_charts(loads))
+    nobody = "No request ever waited, neither at the control plane nor on an instance."
+    return f'<section><h2>Who waits, and where</h2><p class="note">{nobody}</p></section>'
 
 
 def _section(title: str, subtitle: str, charts: str, grid: bool = True) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sagellm.core.run_metrics import InstanceTimeline
-from sim.report.axis import Axis, Kind, format_value, time_axis, zero_axis
+from sim.report.axis import Axis, Kind, time_axis, zero_axis
 from sim.report.latency_charts import Curve, figure
 from sim.report.report_run import ReportInstance, ReportRun, run_instances
 from sim.report.run_series import (
@@ -148,7 +148,8 @@ def _panel(load: InstanceLoad, run: LoadRun, run_index: int, axes: tuple[Axis, A
         plot = Plot(f"{name}: {what} over time", x_axis, y_axis, height_px, lines=lines, x_labels=last)
         figures = f"mean {_mean(series, run, y_axis.kind)}, max {_greatest(series, y_axis.kind)}"
         parts.append(f'<p class="strip">{what} <span>{figures}</span></p>{render_plot(plot)}')
-    tag = f" <span>{escape(role)}</span>" if role else ""
+    # Names usually begin with the role, and need not say it twice.
+    tag = f" <span>{escape(role)}</span>" if role and not name.startswith(role) else ""
     return f'<figure class="panel"><figcaption><h4>{escape(name)}{tag}</h4></figcaption>{"".join(parts)}</figure>'
 
 
@@ -160,17 +161,29 @@ def _mean_and_maximum(name: str, run_index: int, edges_s: Floats, series: Binned
 def _mean(series: BinnedSeries, run: LoadRun, kind: Kind) -> str:
     """Over the run's own length: the bins reach to the end of the longest run."""
     share = float(run.edges_s[-1]) / run.duration_s if run.duration_s > 0 else 0.0
-    return format_value(kind, float(series.mean.mean()) * share)
+    return _figure(kind, float(series.mean.mean()) * share)
 
 
 def _greatest(series: BinnedSeries, kind: Kind) -> str:
-    return format_value(kind, float(series.maximum.max()))
+    return _figure(kind, float(series.maximum.max()))
+
+
+def _figure(kind: Kind, value: float) -> str:
+    """As the table has it: a share to a tenth of a per cent, and a number of things as it is if it is a whole one."""
+    if kind is Kind.SHARE:
+        return f"{100 * value:.1f}\u00a0%"
+    return f"{value:,.0f}" if value >= 100 or value.is_integer() else f"{value:.2f}"
+
+
+def nobody_waits(runs: Sequence[LoadRun]) -> bool:
+    """True where no request ever waited, at the control plane or on an instance."""
+    return not any(series.maximum.any() for run in runs for series in (run.queued, run.waiting))
 
 
 def waiting_charts(runs: Sequence[LoadRun]) -> str:
     """Requests in the control plane's queue, and requests that wait on instances; one line per run.
 
-    A place where no request ever waited has no chart, but a sentence.
+    Where no request ever waited there is a sentence in place of a chart.
     """
     queue, instances = "Queued at the control plane", "Waiting on instances"
     return _waiting_chart(

@@ -12,7 +12,7 @@ from sagellm.cost_model.profile import (
 )
 from sagellm.models.known_models import load_model
 from sim.calibration.host_fit import HostFit
-from sim.calibration.operator_tables import DATA_FOLDER, read_all_reduce_table, read_gemm_table
+from sim.calibration.operator_tables import DATA_FOLDER, read_all_reduce_table, read_gemm_table, read_qk_norm_ns
 from sim.calibration.regression import hat_weights
 from sim.calibration.step_fit import CONTEXT_KNOTS, DECODE_KNOTS, GRAPH_SIZES, MIXED_KNOTS, StepFit
 
@@ -70,11 +70,11 @@ def family_start() -> AnalyticProfile:
             hardware="NVIDIA H200",
             engine=ENGINE,
             date=DATE,
-            source="GEMM and all-reduce times of benchmarks/h200 on H200 cards (torch 2.11, CUDA 13, driver 580); "
+            source="GEMM, query-key norm and all-reduce times of benchmarks/h200 (torch 2.11, CUDA 13, driver 580); "
             "other constants by python -m sim.calibration fit, on synchronous steps of the 7B",
             status="measured",
             notes=(
-                "qk_norm_ns and step_fixed_ns are assumed: two more small kernels a layer, twenty a step",
+                "step_fixed_ns is assumed: twenty small kernels a step",
                 "all-reduces of more than two ranks are extrapolated from two",
             ),
         ),
@@ -89,7 +89,7 @@ def family_start() -> AnalyticProfile:
             mixed_attention_read_efficiency=0.3,
             layer_fixed_ns=0,
             mixed_layer_fixed_ns=0,
-            qk_norm_ns=4000,
+            qk_norm_ns=read_qk_norm_ns(folder),
             step_fixed_ns=40_000,
             seq_ns=0,
             all_reduce_fixed_ns=7000,

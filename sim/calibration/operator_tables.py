@@ -1,6 +1,7 @@
 """The operator times that ``benchmarks/h200`` measured, as tables of a profile."""
 
 import csv
+import statistics
 from pathlib import Path
 
 from sagellm.cost_model.profile import AllReduceTable, GemmCurve, GemmTable
@@ -32,6 +33,16 @@ def read_all_reduce_table(folder: Path) -> AllReduceTable:
     ]
     chosen.sort()
     return AllReduceTable(tuple(size for size, _ in chosen), tuple(us for _, us in chosen))
+
+
+def read_qk_norm_ns(folder: Path) -> float:
+    """What query and key norms add to a decoder layer: the same layer with them and without, over batches."""
+    times: dict[tuple[str, str], float] = {
+        (row["model"], row["batch"]): float(row["us_per_layer"]) for row in _rows(folder / "decode_layers.csv")
+    }
+    without = "qwen3-8b-without-qk-norm"
+    added_us = [us - times[without, batch] for (model, batch), us in times.items() if model == "qwen3-8b"]
+    return round(statistics.median(added_us) * 1e3)
 
 
 def _at(curve: dict[int, float], size: int) -> float:

@@ -32,6 +32,8 @@ class StepScheduler:
 
     def __init__(self, config: InstanceConfig) -> None:
         self.config = config
+        self._num_chunks_max = config.max_num_chunks or config.max_num_seqs
+        self._chunk_tokens_max = config.max_chunk_tokens or config.max_num_batched_tokens
         self.kv = KVCache(config.num_blocks, config.block_size, config.prefix_caching, config.eviction)
         self.waiting: deque[LocalRequest] = deque()
         self.reservations: deque[ReserveKV] = deque()
@@ -63,7 +65,11 @@ class StepScheduler:
             self.kv.release(deferred.popleft()[1])
 
     def commit(self, num_executions: int) -> None:
-        """So many more executions of the plan are committed: every decode needs its next slots."""
+        """So many more executions of the plan are committed: every decode needs its next slots.
+
+        Requests for which the last of them is the last of all leave the decodes at once: no later step
+        need ever be planned.
+        """
         first = self.planned_clock + 1
         self.planned_clock += num_executions
         block_size = self.config.block_size
@@ -72,6 +78,8 @@ class StepScheduler:
             growing = by_growth[clock % block_size]
             if growing:
                 self._grow(growing, (num_executions - (clock - first) - 1) // block_size + 1)
+        if self.decodes.members:
+            self._drain_fully_planned()
 
     def _grow(self, growing: dict[RequestId, LocalRequest], num_blocks: int) -> None:
         new_block_ids = self._new_block_ids
@@ -144,13 +152,14 @@ class StepScheduler:
             return None
         reservation = self.reservations[0]
         spec = reservation.request
+        num_tokens = spec.num_prompt_tokens + reservation.num_output_tokens
         match = self.kv.match(spec)
-        if not self._has_room(match, spec.num_prompt_tokens):
+        if not self._has_room(match, num_tokens):
             return None
         self.reservations.popleft()
         request = LocalRequest(spec, hand_over=False, num_output_tokens=0)
         self._admitted(request)
-        request.blocks = self.kv.admit(spec, match, spec.num_prompt_tokens)
+        request.blocks = self.kv.admit(spec, match, num_tokens)
         request.state = RequestState.RECEIVING
         self.num_receiving += 1
         self._new_block_ids.append((spec.request_id, tuple(request.blocks.block_ids)))
@@ -179,10 +188,8 @@ class StepScheduler:
         committed step or transfer has come back.
         """
         decodes = self.decodes
-        if decodes.members:
-            self._drain_fully_planned()
-            if decodes.growing(self.planned_clock + 1) and not self._make_room_for_decodes(done_clock):
-                return None
+        if decodes.growing(self.planned_clock + 1) and not self._make_room_for_decodes(done_clock):
+            return None
         decode_ids = decodes.request_ids
         num_context_tokens = decodes.num_context_tokens(self.planned_clock)
         self.commit(1)
@@ -214,6 +221,8 @@ class StepScheduler:
     def repeat_max(self, chunks: tuple[TokenChunk, ...]) -> int:
         """How often the plan just made can be repeated with the same requests."""
         if chunks or self.prefilling or self.config.repeat_max == 1:
+            return 1
+        if self.draining and self.draining[-1].finish_clock == self.planned_clock:
             return 1
         if (self.waiting or self.reservations or self.staying) and (self.num_unreturned or self._deferred):
             # What is on its way back may make room for somebody.
@@ -262,7 +271,8 @@ class StepScheduler:
         return budget
 
     def _admit_waiting(self, chunks: list[TokenChunk], budget: int) -> None:
-        num_free_seqs = self.config.max_num_seqs - self.num_running
+        # Every request that prefills has its chunk here already, unless the budget is spent.
+        num_free_seqs = min(self.config.max_num_seqs - self.num_running, self._num_chunks_max - len(chunks))
         while self.waiting and budget > 0 and num_free_seqs > 0:
             request = self.waiting[0]
             match = self.kv.match(request.spec)
@@ -282,7 +292,7 @@ class StepScheduler:
 
     def _add_chunk(self, chunks: list[TokenChunk], request: LocalRequest, budget: int) -> int:
         num_computed = request.num_computed_tokens
-        num_tokens = min(request.prefill_target - num_computed, budget)
+        num_tokens = min(request.prefill_target - num_computed, budget, self._chunk_tokens_max)
         request.num_computed_tokens = num_computed + num_tokens
         samples = request.num_computed_tokens == request.prefill_target
         chunks.append(TokenChunk(request.request_id, num_tokens, num_computed, samples))

@@ -81,6 +81,8 @@ class _Launched:
         """When the repetitions not yet reported ended, up to and with ``up_to``."""
         first, self.num_reported = self.num_reported + 1, up_to
         num_ends = up_to - first + 1
+        if num_ends == 0:
+            return ()
         if num_ends == 1:
             return (-(-self.end_fs(first) // _FS_PER_NS),)
         end_fs, growth_fs = self.end_fs(first), self.growth_fs

@@ -180,7 +180,8 @@ class MetricsFold:
         for request_id in lockstep.request_ids:
             if request_id not in members:
                 record = metrics.requests[request_id]
-                record.last_token_ns = lockstep.last_ns
+                if record.decode_instance == effect.instance_id:
+                    record.last_token_ns = lockstep.last_ns
                 num_emitted = lockstep.num_tokens - lockstep.joined_at.pop(request_id)
                 if record.finish_reason is None:
                     record.num_output_tokens += num_emitted

@@ -133,14 +133,15 @@ class SimDriver:
         """Until nothing is left to happen. Machines are polled when an instant has no event left."""
         env = self._env
         step, peek = env.step, env.peek
-        next_ns = peek()
-        while next_ns != simpy.core.Infinity:
-            now_ns: int = next_ns  # type: ignore[assignment]
+        while peek() != simpy.core.Infinity:
             step()
-            next_ns = peek()
-            if self._dirty and next_ns > now_ns:
+            while not self._dirty:
+                if peek() == simpy.core.Infinity:
+                    return
+                step()
+            now_ns: int = env.now  # type: ignore[assignment]
+            if peek() > now_ns:
                 self._poll_dirty(now_ns)
-                next_ns = peek()
 
     # --- instants ----------------------------------------------------------------------------------------
 

@@ -1,15 +1,14 @@
 """The log of a run: every event when it was handled and every poll's effects, as JSON lines.
 
 Line 1 is a header with all that is needed to make the same machines again. Each further line is
-``{"t": now_ns, "m": machine, "k": kind, "v": {...}}`` for an event that a machine handled, or
-``{"t": now_ns, "m": machine, "p": [[kind, {...}], ...]}`` for a poll and its effects, in their order.
+``[now_ns, machine, event]`` for an event that a machine handled, or ``[now_ns, machine, [effects]]``
+for a poll and its effects, in their order; events and effects are objects that name their ``type``.
 A run is identified by the SHA-256 of these lines.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import IO, Any, get_args
+from collections.abc import Iterator
+from typing import IO
 
 import msgspec
 
@@ -18,17 +17,14 @@ from sagellm.core.identity import InstanceId
 from sagellm.core.messages import Effect, Event
 
 LOG_SCHEMA = 1
-_LINES_AT_ONCE = 512
-
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (*get_args(Event), *get_args(Effect))}
+_RECORDS_AT_ONCE = 512
 
 
 class LogError(ValueError):
     """A log that cannot be read: says which file, line, and what was expected."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogHeader:
+class LogHeader(msgspec.Struct, frozen=True):
     """What the machines of a run were made from."""
 
     cluster: str
@@ -40,50 +36,50 @@ class LogHeader:
     kind: str = "sagellm-log"
 
 
-@dataclass(frozen=True, slots=True)
-class HandledEvent:
+class HandledEvent(msgspec.Struct, frozen=True):
+    """A machine handled an event."""
+
     now_ns: int
     machine: InstanceId
     event: Event
 
 
-@dataclass(frozen=True, slots=True)
-class Polled:
+class Polled(msgspec.Struct, frozen=True):
+    """A machine was polled and gave these effects."""
+
     now_ns: int
     machine: InstanceId
     effects: tuple[Effect, ...]
+
+
+_Line = tuple[int, InstanceId, Event | tuple[Effect, ...]]
 
 
 class LogWriter:
     """Hashes a log, and writes it where there is somewhere to write it to."""
 
     def __init__(self, header: LogHeader, file: IO[bytes] | None) -> None:
-        self._encode = msgspec.json.Encoder().encode
+        self._encode_lines = msgspec.json.Encoder().encode_lines
         self._hash = hashlib.sha256()
         self._file = file
-        self._lines: list[bytes] = [self._encode(header)]
+        self._lines: list[LogHeader | _Line] = [header]
 
     def event(self, now_ns: int, machine: InstanceId, event: Event) -> None:
         """A machine is about to handle this."""
-        self._put(self._encode({"t": now_ns, "m": machine, "k": type(event).__name__, "v": event}))
+        self._lines.append((now_ns, machine, event))
 
-    def polled(self, now_ns: int, machine: InstanceId, effects: Sequence[Effect]) -> None:
+    def polled(self, now_ns: int, machine: InstanceId, effects: tuple[Effect, ...]) -> None:
         """A machine was polled and gave these."""
-        named = [(type(effect).__name__, effect) for effect in effects]
-        self._put(self._encode({"t": now_ns, "m": machine, "p": named}))
-
-    def _put(self, line: bytes) -> None:
-        self._lines.append(line)
-        if len(self._lines) >= _LINES_AT_ONCE:
+        self._lines.append((now_ns, machine, effects))
+        if len(self._lines) >= _RECORDS_AT_ONCE:
             self._flush()
 
     def _flush(self) -> None:
-        self._lines.append(b"")
-        text = b"\n".join(self._lines)
+        text = self._encode_lines(self._lines)
         self._hash.update(text)
         if self._file is not None:
             self._file.write(text)
-        self._lines = []
+        self._lines.clear()
 
     def close(self) -> str:
         """Write what is left; the log's SHA-256."""
@@ -105,16 +101,13 @@ def read_log(lines: Iterator[bytes], name: str) -> tuple[LogHeader, Iterator[Han
 
 
 def _records(lines: Iterator[bytes], name: str) -> Iterator[HandledEvent | Polled]:
+    decode = msgspec.json.Decoder(_Line).decode
     for number, line in enumerate(lines, start=2):
         try:
-            yield _record(msgspec.json.decode(line))
-        except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
-            raise LogError(f"{name}, line {number}: not a log record ({error!s})") from None
-
-
-def _record(fields: dict[str, Any]) -> HandledEvent | Polled:
-    now_ns, machine = int(fields["t"]), InstanceId(fields["m"])
-    if "k" in fields:
-        return HandledEvent(now_ns, machine, msgspec.convert(fields["v"], _KINDS[fields["k"]]))
-    effects: tuple[Effect, ...] = tuple(msgspec.convert(value, _KINDS[kind]) for kind, value in fields["p"])
-    return Polled(now_ns, machine, effects)
+            now_ns, machine, what = decode(line)
+        except msgspec.MsgspecError as error:
+            raise LogError(f"{name}, line {number}: not a log record ({error})") from None
+        if isinstance(what, tuple):
+            yield Polled(now_ns, machine, what)
+        else:
+            yield HandledEvent(now_ns, machine, what)

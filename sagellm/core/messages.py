@@ -25,17 +25,17 @@ from sagellm.core.request import FinishReason, RequestSpec
 # --- from the world to the control plane -----------------------------------------------------------
 
 
-class RequestArrived(msgspec.Struct, frozen=True):
+class RequestArrived(msgspec.Struct, frozen=True, tag=True):
     request: RequestSpec
 
 
-class RequestCancelled(msgspec.Struct, frozen=True):
+class RequestCancelled(msgspec.Struct, frozen=True, tag=True):
     """The client went away or asked to stop."""
 
     request_id: RequestId
 
 
-class InstanceJoined(msgspec.Struct, frozen=True):
+class InstanceJoined(msgspec.Struct, frozen=True, tag=True):
     """An instance is ready to serve."""
 
     instance_id: InstanceId
@@ -53,7 +53,7 @@ class EmittedOutput(msgspec.Struct, frozen=True):
     output_token_ids: tuple[int, ...] | None = None
 
 
-class InstanceLost(msgspec.Struct, frozen=True):
+class InstanceLost(msgspec.Struct, frozen=True, tag=True):
     """An instance died.
 
     ``emitted`` has the output that clients already have of each unfinished request that the instance
@@ -67,7 +67,7 @@ class InstanceLost(msgspec.Struct, frozen=True):
 # --- messages: control plane to instance -----------------------------------------------------------
 
 
-class AssignRequest(msgspec.Struct, frozen=True):
+class AssignRequest(msgspec.Struct, frozen=True, tag=True):
     """Serve this request. With ``hand_over`` the instance prefills it and passes its KV on."""
 
     instance_id: InstanceId
@@ -77,7 +77,7 @@ class AssignRequest(msgspec.Struct, frozen=True):
     output_token_ids: tuple[int, ...] | None = None
 
 
-class ReserveKV(msgspec.Struct, frozen=True):
+class ReserveKV(msgspec.Struct, frozen=True, tag=True):
     """To a decode instance: make room for this request's KV, then say so to ``source_instance_id``.
 
     ``attempt`` numbers the hand-overs of one request; answers to an older attempt are stale.
@@ -87,16 +87,17 @@ class ReserveKV(msgspec.Struct, frozen=True):
     request: RequestSpec
     source_instance_id: InstanceId
     attempt: int
+    num_output_tokens: int = 0  # emitted before, by an instance that was lost: they are prefilled too
 
 
-class AbortRequest(msgspec.Struct, frozen=True):
+class AbortRequest(msgspec.Struct, frozen=True, tag=True):
     """Stop this request wherever it is. Answered by ``RequestFinished`` where it was still there."""
 
     instance_id: InstanceId
     request_id: RequestId
 
 
-class ReleaseKV(msgspec.Struct, frozen=True):
+class ReleaseKV(msgspec.Struct, frozen=True, tag=True):
     """To a decode instance: the hand-over of that attempt is off; give its room back."""
 
     instance_id: InstanceId
@@ -104,7 +105,7 @@ class ReleaseKV(msgspec.Struct, frozen=True):
     attempt: int
 
 
-class DecodeHere(msgspec.Struct, frozen=True):
+class DecodeHere(msgspec.Struct, frozen=True, tag=True):
     """To a prefill instance: no decode instance can take this request; go on with it yourself."""
 
     instance_id: InstanceId
@@ -114,7 +115,7 @@ class DecodeHere(msgspec.Struct, frozen=True):
 # --- messages: instance to instance -----------------------------------------------------------------
 
 
-class KVReserved(msgspec.Struct, frozen=True):
+class KVReserved(msgspec.Struct, frozen=True, tag=True):
     """From a decode instance to the prefill instance: these blocks wait for the request's KV.
 
     ``block_ids[i]`` takes the KV of the request's logical block ``first_block_index + i``; earlier
@@ -129,7 +130,7 @@ class KVReserved(msgspec.Struct, frozen=True):
     block_ids: tuple[BlockId, ...]
 
 
-class HandoverFinished(msgspec.Struct, frozen=True):
+class HandoverFinished(msgspec.Struct, frozen=True, tag=True):
     """From the prefill to the decode instance: all KV is there; the request is yours."""
 
     instance_id: InstanceId  # the receiver: the decode instance
@@ -143,14 +144,14 @@ class HandoverFinished(msgspec.Struct, frozen=True):
 # --- messages: instance to control plane ------------------------------------------------------------
 
 
-class PrefillFinished(msgspec.Struct, frozen=True):
+class PrefillFinished(msgspec.Struct, frozen=True, tag=True):
     """The request's prompt is computed and its first token is out."""
 
     request_id: RequestId
     instance_id: InstanceId
 
 
-class RequestFinished(msgspec.Struct, frozen=True):
+class RequestFinished(msgspec.Struct, frozen=True, tag=True):
     """The request ended on this instance; nothing of it runs there any more."""
 
     request_id: RequestId
@@ -159,7 +160,7 @@ class RequestFinished(msgspec.Struct, frozen=True):
     num_output_tokens: int
 
 
-class RequestMoved(msgspec.Struct, frozen=True):
+class RequestMoved(msgspec.Struct, frozen=True, tag=True):
     """The request's KV has left ``instance_id``; it decodes on ``target_instance_id`` from now on."""
 
     request_id: RequestId
@@ -167,7 +168,7 @@ class RequestMoved(msgspec.Struct, frozen=True):
     target_instance_id: InstanceId
 
 
-class HandoverFailed(msgspec.Struct, frozen=True):
+class HandoverFailed(msgspec.Struct, frozen=True, tag=True):
     """The KV could not be moved. The prefill instance still holds it and waits to be told."""
 
     request_id: RequestId
@@ -180,7 +181,7 @@ class HandoverFailed(msgspec.Struct, frozen=True):
 # --- from the device and the network to an instance -------------------------------------------------
 
 
-class StepProgressed(msgspec.Struct, frozen=True):
+class StepProgressed(msgspec.Struct, frozen=True, tag=True):
     """Some repetitions of a repeated step are over, exactly one more is under way and is the last.
 
     ``ends_ns`` are the times at which the repetitions ended since the step was launched; it may be
@@ -193,7 +194,7 @@ class StepProgressed(msgspec.Struct, frozen=True):
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
-class StepFinished(msgspec.Struct, frozen=True):
+class StepFinished(msgspec.Struct, frozen=True, tag=True):
     """A step is over: ``len(ends_ns)`` repetitions, less those that ``StepProgressed`` told of.
 
     ``token_ids`` has one tuple for each of the plan's ``sampled_request_ids``, of one token for each
@@ -206,7 +207,7 @@ class StepFinished(msgspec.Struct, frozen=True):
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
-class StepFailed(msgspec.Struct, frozen=True):
+class StepFailed(msgspec.Struct, frozen=True, tag=True):
     """A step gave nothing: its requests' KV of this step must not be trusted."""
 
     instance_id: InstanceId
@@ -214,11 +215,11 @@ class StepFailed(msgspec.Struct, frozen=True):
     reason: str
 
 
-class KVTransferred(msgspec.Struct, frozen=True):
+class KVTransferred(msgspec.Struct, frozen=True, tag=True):
     transfer_id: TransferId
 
 
-class KVTransferFailed(msgspec.Struct, frozen=True):
+class KVTransferFailed(msgspec.Struct, frozen=True, tag=True):
     """The transfer is over and did not succeed. Nothing writes to its blocks any more."""
 
     transfer_id: TransferId
@@ -228,7 +229,7 @@ class KVTransferFailed(msgspec.Struct, frozen=True):
 # --- effects ----------------------------------------------------------------------------------------
 
 
-class RejectRequest(msgspec.Struct, frozen=True):
+class RejectRequest(msgspec.Struct, frozen=True, tag=True):
     """Tell the client that its request is not served; its one terminal outcome."""
 
     request_id: RequestId
@@ -236,7 +237,7 @@ class RejectRequest(msgspec.Struct, frozen=True):
     retryable: bool  # true where the same request may succeed later
 
 
-class RunStep(msgspec.Struct, frozen=True):
+class RunStep(msgspec.Struct, frozen=True, tag=True):
     """Run this plan, up to ``repeat_max`` times back to back, each request gaining a token each time.
 
     A driver ends the repetition at the first step boundary after an event for the instance. With two
@@ -253,7 +254,7 @@ class RunStep(msgspec.Struct, frozen=True):
     num_blocks_in_use: int = 0  # not counting cached blocks that nobody uses
 
 
-class EmitTokens(msgspec.Struct, frozen=True):
+class EmitTokens(msgspec.Struct, frozen=True, tag=True):
     """Send tokens to clients: each of these requests got one token at each of these times."""
 
     instance_id: InstanceId
@@ -263,7 +264,7 @@ class EmitTokens(msgspec.Struct, frozen=True):
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
-class TransferKV(msgspec.Struct, frozen=True):
+class TransferKV(msgspec.Struct, frozen=True, tag=True):
     """Copy whole blocks between instances. ``source_block_ids[i]`` goes to ``target_block_ids[i]``."""
 
     transfer_id: TransferId
@@ -275,7 +276,7 @@ class TransferKV(msgspec.Struct, frozen=True):
     num_bytes: int
 
 
-class CancelTransfer(msgspec.Struct, frozen=True):
+class CancelTransfer(msgspec.Struct, frozen=True, tag=True):
     """Stop a transfer. It is closed as ever, by whichever of its two events is true."""
 
     transfer_id: TransferId

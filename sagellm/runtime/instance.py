@@ -38,17 +38,8 @@ from sagellm.runtime.kv_sender import KVSender, release_of
 from sagellm.runtime.local_request import LocalRequest, RequestState
 from sagellm.runtime.scheduler.step_scheduler import StepScheduler
 
-_DeferredEvent = (
-    AssignRequest
-    | ReserveKV
-    | AbortRequest
-    | ReleaseKV
-    | DecodeHere
-    | KVReserved
-    | HandoverFinished
-    | KVTransferred
-    | KVTransferFailed
-)
+_DeferredEvent = AssignRequest | ReserveKV | AbortRequest | ReleaseKV | DecodeHere | HandoverFinished
+_HandoverEvent = KVReserved | KVTransferred | KVTransferFailed
 _TokenIds = tuple[tuple[int, ...], ...] | None
 
 
@@ -85,6 +76,8 @@ class Instance:
         self._failed: list[tuple[_StepInFlight, int]] = []  # with the clock just before the failure
         self._tried_out: list[LocalRequest] = []
         self._inbox: list[_DeferredEvent] = []
+        self._handover_inbox: list[_HandoverEvent] = []
+        self._moved: list[LocalRequest] = []  # their KV is elsewhere; their blocks are free at the next boundary
         self._done_clock = 0
         self._next_step = 0
         self._now_ns = 0
@@ -102,6 +95,8 @@ class Instance:
                 self._record_return(event, closes=False)
             case StepFailed():
                 self._record_failure(event)
+            case KVReserved() | KVTransferred() | KVTransferFailed():
+                self._handover_inbox.append(event)
             case _:
                 self._inbox.append(event)
 
@@ -109,7 +104,8 @@ class Instance:
         """Decide. To be called once per drained instant in which something was handled, or at the deadline."""
         assert now_ns >= self._now_ns, f"time ran backwards: {now_ns} after {self._now_ns}"
         self._now_ns = now_ns
-        if not self._returned and not self._failed and not self._sender.has_handovers and not self._num_slots_free():
+        sender_is_idle = not self._handover_inbox and self._sender.is_idle
+        if sender_is_idle and not self._returned and not self._failed and not self._num_slots_free():
             return ()
         effects: list[InstanceEffect] = []
         if self._returned:
@@ -120,10 +116,12 @@ class Instance:
             failed, self._failed = self._failed, []
             for record, clock in failed:
                 self._roll_back(record, clock)
+        if not sender_is_idle or not self._sender.is_idle:
+            self._hand_over(effects, now_ns)
         while self._num_slots_free() > 0:
-            if not self._decide(effects, now_ns):
+            if not self._decide(effects):
                 break
-        if self._sender.has_handovers:
+        if not self._sender.is_idle:
             self._send_kv(effects, now_ns)
         return tuple(effects)
 
@@ -261,6 +259,7 @@ class Instance:
         )
         scheduler = self._scheduler
         scheduler.remove(request)
+        scheduler.withdraw_table(request)
         blocks, request.blocks = request.blocks, None
         if blocks is not None and keep_output and request.output_token_ids is not None:
             # The last token was sampled but its KV never computed.
@@ -288,15 +287,15 @@ class Instance:
 
     # --- decisions ------------------------------------------------------------------------------------
 
-    def _decide(self, effects: list[InstanceEffect], now_ns: int) -> bool:
+    def _decide(self, effects: list[InstanceEffect]) -> bool:
         """Take in what happened, then launch a step if there is one to launch; True if so."""
         scheduler = self._scheduler
+        while self._moved:
+            self._forget(self._moved.pop(), effects)
         if self._inbox:
             inbox, self._inbox = self._inbox, []
             for event in inbox:
                 self._take_in(event, effects)
-        if self._sender.is_busy:
-            effects.extend(self._sender.expire(now_ns))
         if self._sender.released:
             for blocks in self._sender.released:
                 scheduler.free_blocks(blocks, self._done_clock)
@@ -355,16 +354,8 @@ class Instance:
                 if request is not None:
                     effects.extend(self._sender.stop(request_id))
                     self._decode_here(request)
-            case KVReserved():
-                request = self._requests.get(event.request_id)
-                known = request is not None and request.hand_over
-                effects.extend(self._sender.reserve(request, event) if request and known else [release_of(event)])
             case HandoverFinished():
                 self._received(event)
-            case KVTransferred(transfer_id=transfer_id):
-                self._transfer_closed(transfer_id, None, effects)
-            case KVTransferFailed(transfer_id=transfer_id, reason=reason):
-                self._transfer_closed(transfer_id, reason, effects)
             case _:
                 assert_never(event)
 
@@ -430,14 +421,32 @@ class Instance:
 
     # --- the sending side ----------------------------------------------------------------------------------
 
-    def _transfer_closed(self, transfer_id: TransferId, failure: str | None, effects: list[InstanceEffect]) -> None:
-        effects.extend(self._sender.closed(transfer_id, failure))
+    def _hand_over(self, effects: list[InstanceEffect], now_ns: int) -> None:
+        """Take in what happened to hand-overs. They do not wait for a step: nothing is allocated for them."""
+        inbox, self._handover_inbox = self._handover_inbox, []
+        for event in inbox:
+            match event:
+                case KVReserved():
+                    request = self._requests.get(event.request_id)
+                    if request is None or not request.hand_over:
+                        effects.append(release_of(event))
+                    else:
+                        effects.extend(self._sender.reserve(request, event))
+                case KVTransferred(transfer_id=transfer_id):
+                    effects.extend(self._sender.closed(transfer_id, None))
+                case KVTransferFailed(transfer_id=transfer_id, reason=reason):
+                    effects.extend(self._sender.closed(transfer_id, reason))
+                case _:
+                    assert_never(event)
+        effects.extend(self._sender.expire(now_ns))
+        self._send_kv(effects, now_ns)
 
     def _send_kv(self, effects: list[InstanceEffect], now_ns: int) -> None:
         sent, moved = self._sender.advance(now_ns)
         effects.extend(sent)
         for request in moved:
-            self._forget(request, effects)
+            request.hand_over = False
+            self._moved.append(request)
 
     # --- checks -----------------------------------------------------------------------------------------------
 

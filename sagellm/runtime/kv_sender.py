@@ -50,8 +50,9 @@ class KVSender:
         return next(iter(self._deadlines_ns.values()), None)
 
     @property
-    def has_handovers(self) -> bool:
-        return bool(self._handovers)
+    def is_idle(self) -> bool:
+        """True where there is nothing to send, to wait for, or to cancel."""
+        return not self._handovers and not self._by_transfer
 
     @property
     def is_busy(self) -> bool:

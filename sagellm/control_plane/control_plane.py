@@ -228,7 +228,15 @@ class ControlPlane:
             return
         request.target = target
         target.add(num_requests=1, num_kv_tokens=request.spec.num_prompt_tokens)
-        effects.append(ReserveKV(target.instance_id, request.spec, request.view.instance_id, request.attempt))
+        effects.append(
+            ReserveKV(
+                target.instance_id,
+                request.spec,
+                request.view.instance_id,
+                request.attempt,
+                request.queued.num_output_tokens,
+            )
+        )
 
     def _handover_failed(self, event: HandoverFailed, effects: list[ControlPlaneEffect]) -> None:
         request = self._owned(event.request_id, event.instance_id)

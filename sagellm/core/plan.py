@@ -23,8 +23,9 @@ class StepPlan(msgspec.Struct, frozen=True):
     """One forward pass, in integers only.
 
     ``decode_request_ids`` get one token each and sample one each. ``new_block_ids`` extends block
-    tables: blocks that a request got since the last plan that named it, in table order.
-    ``preempted_request_ids`` lost their blocks when this plan was made.
+    tables: blocks that a request got since the last plan, in table order. ``preempted_request_ids``
+    lost all blocks since the last plan, preempted or begun again after a failed step: their tables are
+    empty before ``new_block_ids`` are added. A ``KVReserved`` begins a new table, too.
     """
 
     decode_request_ids: tuple[RequestId, ...]

@@ -45,7 +45,7 @@ class StepScheduler:
         self.planned_clock = 0
         self._deferred: deque[tuple[int, RequestBlocks]] = deque()  # blocks that a committed step may still touch
         self._new_block_ids: list[tuple[RequestId, tuple[BlockId, ...]]] = []
-        self._preempted: list[LocalRequest] = []
+        self._restarted: list[RequestId] = []  # lost their tables since the last plan
         self.preempted_since: list[LocalRequest] = []  # for the instance to look at after each `plan`
         self._num_admitted = 0
         self.num_receiving = 0
@@ -132,8 +132,16 @@ class StepScheduler:
         if request.blocks is not None:
             self.free_blocks(request.blocks, done_clock)
             request.blocks = None
+        self.withdraw_table(request)
+        self._restarted.append(request.request_id)
         request.restart(num_output_tokens)
         self.waiting.appendleft(request)
+
+    def withdraw_table(self, request: LocalRequest) -> None:
+        """No plan may tell of blocks that the request has given up."""
+        if self._new_block_ids:
+            request_id = request.request_id
+            self._new_block_ids = [entry for entry in self._new_block_ids if entry[0] != request_id]
 
     def num_returned_output(self, request: LocalRequest, done_clock: int) -> int:
         """Output tokens of the request that have come back."""
@@ -188,8 +196,10 @@ class StepScheduler:
         committed step or transfer has come back.
         """
         decodes = self.decodes
+        num_restarted = len(self._restarted)
         if decodes.growing(self.planned_clock + 1) and not self._make_room_for_decodes(done_clock):
             return None
+        preempts = len(self._restarted) > num_restarted
         decode_ids = decodes.request_ids
         num_context_tokens = decodes.num_context_tokens(self.planned_clock)
         self.commit(1)
@@ -198,7 +208,7 @@ class StepScheduler:
             budget = self.config.max_num_batched_tokens - len(decode_ids)
             if self.prefilling:
                 budget = self._continue_prefills(chunks, budget)
-            if self.waiting and not self._preempted:
+            if self.waiting and not preempts:
                 self._admit_waiting(chunks, budget)
         if chunks:
             self._settle_chunks(chunks)
@@ -212,11 +222,11 @@ class StepScheduler:
     ) -> StepPlan:
         new_block_ids = tuple(self._new_block_ids)
         self._new_block_ids.clear()
-        if not self._preempted:
+        if not self._restarted:
             return StepPlan(decode_ids, num_context_tokens, chunks, new_block_ids)
-        preempted_ids = tuple(request.request_id for request in self._preempted)
-        self._preempted.clear()
-        return StepPlan(decode_ids, num_context_tokens, chunks, new_block_ids, preempted_ids)
+        restarted_ids = tuple(self._restarted)
+        self._restarted.clear()
+        return StepPlan(decode_ids, num_context_tokens, chunks, new_block_ids, restarted_ids)
 
     def repeat_max(self, chunks: tuple[TokenChunk, ...]) -> int:
         """How often the plan just made can be repeated with the same requests."""
@@ -249,7 +259,6 @@ class StepScheduler:
             victim = self._newest_running()
             if victim is None:
                 return False
-            self._preempted.append(victim)
             self.preempted_since.append(victim)
             self.requeue(victim, self.num_returned_output(victim, done_clock), done_clock)
             if self._deferred:

@@ -54,6 +54,8 @@ class _Launched:
         self.generation = 0  # reports that were scheduled before the latest change are void
 
     def end_fs(self, repetition: int) -> int:
+        if repetition == 1:
+            return self.start_fs - self.gap_fs + self.period_fs
         return (
             self.start_fs
             - self.gap_fs

@@ -7,6 +7,7 @@ order in which machines are polled makes no difference.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from random import Random
 from typing import assert_never
@@ -57,9 +58,10 @@ _Message = ControlPlaneEvent | InstanceEvent
 class _SimInstance:
     """One instance with its device, and what is on its way to it."""
 
-    __slots__ = ("device", "lost", "machine", "message_clock_ns", "request_overhead_ns", "told_of")
+    __slots__ = ("device", "instance_id", "lost", "machine", "message_clock_ns", "request_overhead_ns", "told_of")
 
     def __init__(self, instance: SimInstance) -> None:
+        self.instance_id = instance.config.instance_id
         self.machine = Instance(instance.config)
         self.request_overhead_ns = instance.cost_model.request_overhead_ns
         self.device: SimDevice
@@ -76,6 +78,7 @@ class SimDriver:
         self._env = simpy.Environment(initial_time=0)
         self._fold = MetricsFold()
         self._observe = self._fold.observe
+        self._metrics_handlers = self._fold.handlers
         self._log = log
         self._check = check
         self._control_plane = ControlPlane(cluster.control_plane, Random(seed))
@@ -133,15 +136,13 @@ class SimDriver:
         """Until nothing is left to happen. Machines are polled when an instant has no event left."""
         env = self._env
         step, peek = env.step, env.peek
-        while peek() != simpy.core.Infinity:
-            step()
-            while not self._dirty:
-                if peek() == simpy.core.Infinity:
-                    return
+        with suppress(simpy.core.EmptySchedule):
+            while True:
                 step()
-            now_ns: int = env.now  # type: ignore[assignment]
-            if peek() > now_ns:
-                self._poll_dirty(now_ns)
+                if self._dirty:
+                    now_ns: int = env.now  # type: ignore[assignment]
+                    if peek() > now_ns:
+                        self._poll_dirty(now_ns)
 
     # --- instants ----------------------------------------------------------------------------------------
 
@@ -233,14 +234,12 @@ class SimDriver:
             self._log.polled(now_ns, instance_id, effects)
         if self._check:
             instance.machine.check()
-        observe = self._observe
+        handlers = self._metrics_handlers
         for effect in effects:
-            observe(now_ns, effect)
+            handler = handlers.get(type(effect))
+            if handler is not None:
+                handler(now_ns, effect)
             self._perform_for_instance(instance, effect, now_ns)
-        if effects:
-            deadline_ns = instance.machine.deadline_ns()
-            if deadline_ns is not None:
-                self._arm(instance_id, deadline_ns)
 
     def _perform_for_instance(self, instance: _SimInstance, effect: InstanceEffect, now_ns: int) -> None:
         match effect:
@@ -257,7 +256,9 @@ class SimDriver:
                 self._send(effect.instance_id, effect, now_ns)
             case TransferKV():
                 self._start_transfer(effect, now_ns)
+                self._arm(instance)
             case CancelTransfer(transfer_id=transfer_id):
+                self._arm(instance)
                 if self._network.cancel(transfer_id, now_ns):
                     event = KVTransferFailed(transfer_id, "cancelled")
                     self._transfer_closed(instance.machine.config.instance_id, event)
@@ -282,19 +283,25 @@ class SimDriver:
         self._observe(self.now_ns, event)
         self._send(source_id, event, self.now_ns)
 
-    def _arm(self, instance_id: InstanceId, deadline_ns: int) -> None:
-        """Poll at the deadline, like the event that it is: a repeated step ends for it."""
-        if self._armed_ns.get(instance_id) == deadline_ns or deadline_ns <= self.now_ns:
+    def _arm(self, instance: _SimInstance) -> None:
+        """Poll at the machine's deadline, like the event that it is: a repeated step ends for it."""
+        instance_id = instance.instance_id
+        deadline_ns = instance.machine.deadline_ns()
+        if deadline_ns is None or self._armed_ns.get(instance_id) == deadline_ns:
             return
         self._armed_ns[instance_id] = deadline_ns
 
         def wake(_: object) -> None:
-            instance = self._instances[instance_id]
-            if instance.machine.deadline_ns() == deadline_ns and not instance.lost:
-                instance.device.interrupt(self.now_ns)
+            if self._armed_ns.get(instance_id) != deadline_ns or instance.lost:
+                return
+            del self._armed_ns[instance_id]
+            if instance.machine.deadline_ns() == deadline_ns:
+                instance.device.interrupt(deadline_ns)
                 self._dirty[instance_id] = None
+            else:
+                self._arm(instance)
 
-        self._at(deadline_ns, wake)
+        self._at(max(deadline_ns, self.now_ns), wake)
 
     # --- messages ------------------------------------------------------------------------------------------------
 

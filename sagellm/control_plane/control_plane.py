@@ -138,13 +138,12 @@ class ControlPlane:
     def _refusal(self, spec: RequestSpec) -> tuple[str | None, bool]:
         """Why a request cannot be accepted, and whether trying again later may help."""
         num_tokens = spec.num_prompt_tokens + spec.max_output_tokens
-        what = f"{spec.num_prompt_tokens} prompt + {spec.max_output_tokens} output tokens"
         if self.config.max_model_len and num_tokens > self.config.max_model_len:
-            return f"{what} exceed max_model_len {self.config.max_model_len}", False
+            return f"{_tokens_of(spec)} exceed max_model_len {self.config.max_model_len}", False
         if not self._fleet.views:
             return "no instance is left to serve it", True
         if num_tokens > self._fleet.num_slots_max:
-            return f"{what} exceed the KV cache of every instance ({self._fleet.num_slots_max} tokens)", False
+            return f"{_tokens_of(spec)} exceed the KV cache of every instance ({self._fleet.num_slots_max})", False
         if len(self._queue) >= self.config.queue_max:
             return f"the queue is full ({self.config.queue_max} requests)", True
         return None, False
@@ -363,3 +362,7 @@ class ControlPlane:
             assert view.num_prefill_tokens == sum(r.num_prefill_tokens for r in owned)
         num_queued = sum(r.stage is _Stage.QUEUED for r in self._requests.values())
         assert num_queued == len(self._queue), "I3: a request is in no queue, or in two"
+
+
+def _tokens_of(spec: RequestSpec) -> str:
+    return f"{spec.num_prompt_tokens} prompt + {spec.max_output_tokens} output tokens"

@@ -14,7 +14,6 @@ were sent; ``InstanceLost`` comes after all messages that the instance had sent,
 from or to it writes any more (transfers to it fail).
 """
 
-
 import msgspec
 
 from sagellm.core.config import Role
@@ -25,17 +24,17 @@ from sagellm.core.request import FinishReason, RequestSpec
 # --- from the world to the control plane -----------------------------------------------------------
 
 
-class RequestArrived(msgspec.Struct, frozen=True, tag=True):
+class RequestArrived(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     request: RequestSpec
 
 
-class RequestCancelled(msgspec.Struct, frozen=True, tag=True):
+class RequestCancelled(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """The client went away or asked to stop."""
 
     request_id: RequestId
 
 
-class InstanceJoined(msgspec.Struct, frozen=True, tag=True):
+class InstanceJoined(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """An instance is ready to serve."""
 
     instance_id: InstanceId
@@ -53,7 +52,7 @@ class EmittedOutput(msgspec.Struct, frozen=True):
     output_token_ids: tuple[int, ...] | None = None
 
 
-class InstanceLost(msgspec.Struct, frozen=True, tag=True):
+class InstanceLost(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """An instance died.
 
     ``emitted`` has the output that clients already have of each unfinished request that the instance
@@ -67,7 +66,7 @@ class InstanceLost(msgspec.Struct, frozen=True, tag=True):
 # --- messages: control plane to instance -----------------------------------------------------------
 
 
-class AssignRequest(msgspec.Struct, frozen=True, tag=True):
+class AssignRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Serve this request. With ``hand_over`` the instance prefills it and passes its KV on."""
 
     instance_id: InstanceId
@@ -77,7 +76,7 @@ class AssignRequest(msgspec.Struct, frozen=True, tag=True):
     output_token_ids: tuple[int, ...] | None = None
 
 
-class ReserveKV(msgspec.Struct, frozen=True, tag=True):
+class ReserveKV(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """To a decode instance: make room for this request's KV, then say so to ``source_instance_id``.
 
     ``attempt`` numbers the hand-overs of one request; answers to an older attempt are stale.
@@ -90,14 +89,14 @@ class ReserveKV(msgspec.Struct, frozen=True, tag=True):
     num_output_tokens: int = 0  # emitted before, by an instance that was lost: they are prefilled too
 
 
-class AbortRequest(msgspec.Struct, frozen=True, tag=True):
+class AbortRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Stop this request wherever it is. Answered by ``RequestFinished`` where it was still there."""
 
     instance_id: InstanceId
     request_id: RequestId
 
 
-class ReleaseKV(msgspec.Struct, frozen=True, tag=True):
+class ReleaseKV(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """To a decode instance: the hand-over of that attempt is off; give its room back."""
 
     instance_id: InstanceId
@@ -105,7 +104,7 @@ class ReleaseKV(msgspec.Struct, frozen=True, tag=True):
     attempt: int
 
 
-class DecodeHere(msgspec.Struct, frozen=True, tag=True):
+class DecodeHere(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """To a prefill instance: no decode instance can take this request; go on with it yourself."""
 
     instance_id: InstanceId
@@ -115,7 +114,7 @@ class DecodeHere(msgspec.Struct, frozen=True, tag=True):
 # --- messages: instance to instance -----------------------------------------------------------------
 
 
-class KVReserved(msgspec.Struct, frozen=True, tag=True):
+class KVReserved(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """From a decode instance to the prefill instance: these blocks wait for the request's KV.
 
     ``block_ids[i]`` takes the KV of the request's logical block ``first_block_index + i``; earlier
@@ -130,7 +129,7 @@ class KVReserved(msgspec.Struct, frozen=True, tag=True):
     block_ids: tuple[BlockId, ...]
 
 
-class HandoverFinished(msgspec.Struct, frozen=True, tag=True):
+class HandoverFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """From the prefill to the decode instance: all KV is there; the request is yours."""
 
     instance_id: InstanceId  # the receiver: the decode instance
@@ -144,14 +143,14 @@ class HandoverFinished(msgspec.Struct, frozen=True, tag=True):
 # --- messages: instance to control plane ------------------------------------------------------------
 
 
-class PrefillFinished(msgspec.Struct, frozen=True, tag=True):
+class PrefillFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """The request's prompt is computed and its first token is out."""
 
     request_id: RequestId
     instance_id: InstanceId
 
 
-class RequestFinished(msgspec.Struct, frozen=True, tag=True):
+class RequestFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """The request ended on this instance; nothing of it runs there any more."""
 
     request_id: RequestId
@@ -160,7 +159,7 @@ class RequestFinished(msgspec.Struct, frozen=True, tag=True):
     num_output_tokens: int
 
 
-class RequestMoved(msgspec.Struct, frozen=True, tag=True):
+class RequestMoved(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """The request's KV has left ``instance_id``; it decodes on ``target_instance_id`` from now on."""
 
     request_id: RequestId
@@ -168,7 +167,7 @@ class RequestMoved(msgspec.Struct, frozen=True, tag=True):
     target_instance_id: InstanceId
 
 
-class HandoverFailed(msgspec.Struct, frozen=True, tag=True):
+class HandoverFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """The KV could not be moved. The prefill instance still holds it and waits to be told."""
 
     request_id: RequestId
@@ -181,7 +180,7 @@ class HandoverFailed(msgspec.Struct, frozen=True, tag=True):
 # --- from the device and the network to an instance -------------------------------------------------
 
 
-class StepProgressed(msgspec.Struct, frozen=True, tag=True):
+class StepProgressed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Some repetitions of a repeated step are over, exactly one more is under way and is the last.
 
     ``ends_ns`` are the times at which the repetitions ended since the step was launched; it may be
@@ -194,7 +193,7 @@ class StepProgressed(msgspec.Struct, frozen=True, tag=True):
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
-class StepFinished(msgspec.Struct, frozen=True, tag=True):
+class StepFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """A step is over: ``len(ends_ns)`` repetitions, less those that ``StepProgressed`` told of.
 
     ``token_ids`` has one tuple for each of the plan's ``sampled_request_ids``, of one token for each
@@ -207,7 +206,7 @@ class StepFinished(msgspec.Struct, frozen=True, tag=True):
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
-class StepFailed(msgspec.Struct, frozen=True, tag=True):
+class StepFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """A step gave nothing: its requests' KV of this step must not be trusted."""
 
     instance_id: InstanceId
@@ -215,11 +214,11 @@ class StepFailed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-class KVTransferred(msgspec.Struct, frozen=True, tag=True):
+class KVTransferred(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     transfer_id: TransferId
 
 
-class KVTransferFailed(msgspec.Struct, frozen=True, tag=True):
+class KVTransferFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """The transfer is over and did not succeed. Nothing writes to its blocks any more."""
 
     transfer_id: TransferId
@@ -229,7 +228,7 @@ class KVTransferFailed(msgspec.Struct, frozen=True, tag=True):
 # --- effects ----------------------------------------------------------------------------------------
 
 
-class RejectRequest(msgspec.Struct, frozen=True, tag=True):
+class RejectRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Tell the client that its request is not served; its one terminal outcome."""
 
     request_id: RequestId
@@ -237,7 +236,7 @@ class RejectRequest(msgspec.Struct, frozen=True, tag=True):
     retryable: bool  # true where the same request may succeed later
 
 
-class RunStep(msgspec.Struct, frozen=True, tag=True):
+class RunStep(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Run this plan, up to ``repeat_max`` times back to back, each request gaining a token each time.
 
     A driver ends the repetition at the first step boundary after an event for the instance. With two
@@ -254,7 +253,7 @@ class RunStep(msgspec.Struct, frozen=True, tag=True):
     num_blocks_in_use: int = 0  # not counting cached blocks that nobody uses
 
 
-class EmitTokens(msgspec.Struct, frozen=True, tag=True):
+class EmitTokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Send tokens to clients: each of these requests got one token at each of these times."""
 
     instance_id: InstanceId
@@ -264,7 +263,7 @@ class EmitTokens(msgspec.Struct, frozen=True, tag=True):
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
-class TransferKV(msgspec.Struct, frozen=True, tag=True):
+class TransferKV(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Copy whole blocks between instances. ``source_block_ids[i]`` goes to ``target_block_ids[i]``."""
 
     transfer_id: TransferId
@@ -276,7 +275,7 @@ class TransferKV(msgspec.Struct, frozen=True, tag=True):
     num_bytes: int
 
 
-class CancelTransfer(msgspec.Struct, frozen=True, tag=True):
+class CancelTransfer(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Stop a transfer. It is closed as ever, by whichever of its two events is true."""
 
     transfer_id: TransferId

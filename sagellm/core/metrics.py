@@ -59,7 +59,8 @@ class MetricsFold:
         self._returns: dict[InstanceId, array[int]] = {}  # end and repetitions of each step
         self._num_progressed: dict[InstanceId, int] = {}  # repetitions that the step in flight told of
         self._queued: dict[RequestId, None] = {}
-        self._handlers: dict[type, Callable[[int, Any], None]] = {
+        # What `observe` calls for each kind of record; kinds that are not in it do not matter here.
+        self.handlers: dict[type, Callable[[int, Any], None]] = {
             RequestArrived: self._arrived,
             AssignRequest: self._assigned,
             RejectRequest: self._rejected,
@@ -79,7 +80,7 @@ class MetricsFold:
 
         A message is observed once, as the effect of its sender.
         """
-        handler = self._handlers.get(type(record))
+        handler = self.handlers.get(type(record))
         if handler is not None:
             handler(now_ns, record)
 

@@ -4,13 +4,12 @@ A step has no phases. It is ``{request: number of tokens}``, written in a form t
 hundreds of requests each get one token.
 """
 
-
 import msgspec
 
 from sagellm.core.identity import BlockId, RequestId
 
 
-class TokenChunk(msgspec.Struct, frozen=True):
+class TokenChunk(msgspec.Struct, frozen=True, omit_defaults=True):
     """Some consecutive tokens of one request, other than a lone decode token."""
 
     request_id: RequestId
@@ -19,7 +18,7 @@ class TokenChunk(msgspec.Struct, frozen=True):
     samples: bool  # true where the chunk reaches the request's last known token, so a new one comes out
 
 
-class StepPlan(msgspec.Struct, frozen=True):
+class StepPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     """One forward pass, in integers only.
 
     ``decode_request_ids`` get one token each and sample one each. ``new_block_ids`` extends block

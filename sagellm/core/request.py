@@ -16,14 +16,14 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-class LatencySLO(msgspec.Struct, frozen=True):
+class LatencySLO(msgspec.Struct, frozen=True, omit_defaults=True):
     """Limits that one request must keep, all of them, to count towards goodput; None: no limit."""
 
     ttft_ns: int | None = None
     tpot_ns: int | None = None
 
 
-class RequestSpec(msgspec.Struct, frozen=True):
+class RequestSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request.
 
     The prompt's identity, for prefix reuse, comes in one of two forms, or not at all:

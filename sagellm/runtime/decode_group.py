@@ -16,7 +16,15 @@ from sagellm.runtime.local_request import LocalRequest, RequestState
 class DecodeGroup:
     """The members, in the order in which they joined."""
 
-    __slots__ = ("_context_offset", "_finish_heap", "_request_ids", "block_size", "by_growth", "members")
+    __slots__ = (
+        "_context_offset",
+        "_finish_heap",
+        "_next_finish_clock",
+        "_request_ids",
+        "block_size",
+        "by_growth",
+        "members",
+    )
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -27,6 +35,7 @@ class DecodeGroup:
         self.by_growth: list[dict[RequestId, LocalRequest]] = [{} for _ in range(block_size)]
         # (finish clock, sequence, join clock, member); entries of members that left early are stale.
         self._finish_heap: list[tuple[int, int, int, LocalRequest]] = []
+        self._next_finish_clock: int | None = None  # None: not known
 
     def __len__(self) -> int:
         return len(self.members)
@@ -52,9 +61,12 @@ class DecodeGroup:
         self._request_ids = None
         self._context_offset += base_computed - clock
         self.by_growth[(1 + clock - base_computed) % self.block_size][request.request_id] = request
+        self._next_finish_clock = None
         heappush(self._finish_heap, (request.finish_clock, request.sequence, clock, request))
 
     def leave(self, request: LocalRequest) -> None:
+        """Take a member out, whatever it still has to do."""
+        self._next_finish_clock = None
         del self.members[request.request_id]
         self._request_ids = None
         self._context_offset -= request.base_computed - request.join_clock
@@ -75,7 +87,12 @@ class DecodeGroup:
         return request.base_output + min(done_clock, request.finish_clock) - request.join_clock
 
     def next_finish_clock(self) -> int | None:
-        """The first step that is some member's last."""
+        """The first step that is some member's last; None without members."""
+        if self._next_finish_clock is None:
+            self._next_finish_clock = self._find_next_finish_clock()
+        return self._next_finish_clock
+
+    def _find_next_finish_clock(self) -> int | None:
         heap = self._finish_heap
         while heap:
             finish_clock, _, join_clock, request = heap[0]

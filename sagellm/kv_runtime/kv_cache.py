@@ -136,8 +136,10 @@ class KVCache:
         """Let other requests use the full blocks of the prompt, as far as they have been computed."""
         if not self.prefix_caching:
             return
-        keys = self._table_keys(request, blocks)
-        self._publish_keys(blocks, keys[: num_computed_tokens // self.block_size])
+        keys = self._table_keys(request, blocks)[: num_computed_tokens // self.block_size]
+        if self._cannot_hold_copies(request) and self._index.match(keys).num_blocks > blocks.num_shared:
+            return
+        self._publish_keys(blocks, keys)
 
     def publish_output(
         self, request: RequestSpec, blocks: RequestBlocks, output_token_ids: Sequence[int], num_computed_tokens: int
@@ -212,6 +214,11 @@ class KVCache:
         if not blocks.keys:
             blocks.keys = self._prompt_keys(request)
         return blocks.keys
+
+    def _cannot_hold_copies(self, request: RequestSpec) -> bool:
+        """True where the request could fail to fit even alone, if it also held another's copies of its blocks."""
+        num_blocks = -(-(request.num_prompt_tokens + request.max_output_tokens) // self.block_size)
+        return 2 * num_blocks > self.num_blocks
 
     def _take(self, count: int) -> list[BlockId]:
         num_free = self._pool.num_free

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from sagellm.core.config import InstanceConfig
-from sagellm.core.identity import RequestId, StepId, TransferId
+from sagellm.core.identity import RequestId, StepId
 from sagellm.core.messages import (
     AbortRequest,
     AssignRequest,
@@ -38,7 +38,7 @@ from sagellm.runtime.kv_sender import KVSender, release_of
 from sagellm.runtime.local_request import LocalRequest, RequestState
 from sagellm.runtime.scheduler.step_scheduler import StepScheduler
 
-_DeferredEvent = AssignRequest | ReserveKV | AbortRequest | ReleaseKV | DecodeHere | HandoverFinished
+_DeferredEvent = AssignRequest | ReserveKV | AbortRequest | ReleaseKV | DecodeHere | HandoverFinished | KVReserved
 _HandoverEvent = KVReserved | KVTransferred | KVTransferFailed
 _TokenIds = tuple[tuple[int, ...], ...] | None
 
@@ -174,9 +174,8 @@ class Instance:
             in (RequestState.PREFILLING, RequestState.DECODING, RequestState.DRAINING, RequestState.PREFILLED)
         ]
         for request in sorted(running, key=lambda request: -request.sequence):
-            if request.num_transfers:
-                assert request.blocks is not None
-                self._sender.hold(request.request_id, request.blocks)
+            assert request.blocks is not None
+            if request.num_transfers and self._sender.hold(request, request.blocks):
                 request.blocks = None
             num_output_tokens = self._scheduler.num_returned_output(request, clock)
             self._scheduler.requeue(request, num_output_tokens, self._done_clock)
@@ -266,8 +265,8 @@ class Instance:
             num_computed = request.spec.num_prompt_tokens + len(request.output_token_ids) - 1
             scheduler.kv.publish_output(request.spec, blocks, request.output_token_ids, num_computed)
         if blocks is not None:
-            if request.num_transfers:
-                self._sender.hold(request.request_id, blocks)
+            if request.num_transfers and self._sender.hold(request, blocks):
+                pass
             elif is_untouched:
                 scheduler.kv.release(blocks)
             else:
@@ -356,6 +355,8 @@ class Instance:
                     self._decode_here(request)
             case HandoverFinished():
                 self._received(event)
+            case KVReserved():
+                self._reserved_by_peer(event, effects)
             case _:
                 assert_never(event)
 
@@ -427,11 +428,10 @@ class Instance:
         for event in inbox:
             match event:
                 case KVReserved():
-                    request = self._requests.get(event.request_id)
-                    if request is None or not request.hand_over:
-                        effects.append(release_of(event))
+                    if self._is_yet_to_be_taken_in(event.request_id):
+                        self._inbox.append(event)
                     else:
-                        effects.extend(self._sender.reserve(request, event))
+                        self._reserved_by_peer(event, effects)
                 case KVTransferred(transfer_id=transfer_id):
                     effects.extend(self._sender.closed(transfer_id, None))
                 case KVTransferFailed(transfer_id=transfer_id, reason=reason):
@@ -447,6 +447,17 @@ class Instance:
         for request in moved:
             request.hand_over = False
             self._moved.append(request)
+
+    def _is_yet_to_be_taken_in(self, request_id: RequestId) -> bool:
+        """True where the request was assigned during the step under way."""
+        return any(isinstance(event, AssignRequest) and event.request.request_id == request_id for event in self._inbox)
+
+    def _reserved_by_peer(self, event: KVReserved, effects: list[InstanceEffect]) -> None:
+        request = self._requests.get(event.request_id)
+        if request is None or not request.hand_over:
+            effects.append(release_of(event))
+        else:
+            effects.extend(self._sender.reserve(request, event))
 
     # --- checks -----------------------------------------------------------------------------------------------
 

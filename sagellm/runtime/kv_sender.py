@@ -24,6 +24,14 @@ from sagellm.runtime.local_request import LocalRequest, RequestState
 
 
 @dataclass(slots=True)
+class _HeldBlocks:
+    """Blocks that their request has given up while transfers read them."""
+
+    blocks: RequestBlocks
+    num_readers: int
+
+
+@dataclass(slots=True)
 class _Handover:
     request: LocalRequest
     reservation: KVReserved
@@ -32,7 +40,7 @@ class _Handover:
     transfer_id: TransferId | None = None
     num_blocks_after: int = 0  # num_blocks_sent once the current transfer is through
     off: bool = False  # given up; the target is released when nothing is under way any more
-    held_blocks: RequestBlocks | None = None  # of a request that ended while a transfer read them
+    held: _HeldBlocks | None = None  # what the current transfer reads, where the request has given it up
 
 
 class KVSender:
@@ -59,11 +67,15 @@ class KVSender:
         """True while any transfer is under way."""
         return bool(self._by_transfer)
 
-    def hold(self, request_id: RequestId, blocks: RequestBlocks) -> None:
-        """Keep these blocks, which a transfer reads, until it is closed. Call before `stop`."""
-        handover = self._handovers[request_id]
-        assert handover.transfer_id is not None
-        handover.held_blocks = blocks
+    def hold(self, request: LocalRequest, blocks: RequestBlocks) -> bool:
+        """Keep blocks that the request gives up until no transfer reads them; False where none does."""
+        readers = [
+            handover for handover in self._by_transfer.values() if handover.request is request and handover.held is None
+        ]
+        held = _HeldBlocks(blocks, len(readers))
+        for handover in readers:
+            handover.held = held
+        return bool(readers)
 
     def reserve(self, request: LocalRequest, reservation: KVReserved) -> list[InstanceEffect]:
         """A decode instance is ready for the request. A newer reservation replaces an older one."""
@@ -93,9 +105,11 @@ class KVSender:
             return []
         handover.transfer_id = None
         handover.request.num_transfers -= 1
-        if handover.held_blocks is not None:
-            self.released.append(handover.held_blocks)
-            handover.held_blocks = None
+        if handover.held is not None:
+            handover.held.num_readers -= 1
+            if handover.held.num_readers == 0:
+                self.released.append(handover.held.blocks)
+            handover.held = None
         if handover.off:
             return [release_of(handover.reservation)]
         if failure is None:

@@ -36,7 +36,7 @@ REQUEST_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     RequestState.DECODING: frozenset({RequestState.DRAINING, RequestState.WAITING, RequestState.ENDED}),
     RequestState.DRAINING: frozenset({RequestState.ENDED, RequestState.WAITING}),
     RequestState.PREFILLED: frozenset({RequestState.HANDING_OVER, RequestState.WAITING, RequestState.ENDED}),
-    RequestState.HANDING_OVER: frozenset({RequestState.DECODING, RequestState.ENDED}),
+    RequestState.HANDING_OVER: frozenset({RequestState.DECODING, RequestState.WAITING, RequestState.ENDED}),
     RequestState.RECEIVING: frozenset({RequestState.DECODING, RequestState.ENDED}),
     RequestState.ENDED: frozenset(),
 }

@@ -266,10 +266,14 @@ class StepScheduler:
         return True
 
     def _newest_running(self) -> LocalRequest | None:
-        """The request to preempt: the last admitted, unless it is the only one."""
+        """The request to preempt: the last admitted, but never the oldest of those that run.
+
+        A prefilled one that waits for a place here holds blocks that nobody else would give back.
+        """
         running = [*self.decodes.members.values(), *self.prefilling.values()]
         oldest = min(running, key=lambda request: request.sequence)
-        candidates = [request for request in running if request is not oldest and not request.num_transfers]
+        holders = [*running, *self.staying]
+        candidates = [request for request in holders if request is not oldest and not request.num_transfers]
         return max(candidates, key=lambda request: request.sequence, default=None)
 
     def _continue_prefills(self, chunks: list[TokenChunk], budget: int) -> int:

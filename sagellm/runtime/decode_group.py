@@ -24,11 +24,13 @@ class DecodeGroup:
         "block_size",
         "by_growth",
         "members",
+        "num_stoppable",
     )
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.members: dict[RequestId, LocalRequest] = {}
+        self.num_stoppable = 0  # members that a token may end before their last
         self._request_ids: tuple[RequestId, ...] | None = ()
         self._context_offset = 0
         # Members by the step, modulo the block size, in which they need a new block.
@@ -58,6 +60,7 @@ class DecodeGroup:
         request.finish_clock = clock + request.spec.max_output_tokens - base_output
         assert request.finish_clock > clock
         self.members[request.request_id] = request
+        self.num_stoppable += bool(request.spec.stop_token_ids)
         self._request_ids = None
         self._context_offset += base_computed - clock
         self.by_growth[(1 + clock - base_computed) % self.block_size][request.request_id] = request
@@ -68,6 +71,7 @@ class DecodeGroup:
         """Take a member out, whatever it still has to do."""
         self._next_finish_clock = None
         del self.members[request.request_id]
+        self.num_stoppable -= bool(request.spec.stop_token_ids)
         self._request_ids = None
         self._context_offset -= request.base_computed - request.join_clock
         del self.by_growth[(1 + request.join_clock - request.base_computed) % self.block_size][request.request_id]

@@ -322,7 +322,9 @@ class Instance:
 
     def _launch(self, plan: StepPlan) -> RunStep:
         scheduler = self._scheduler
-        repeat_max = scheduler.repeat_max(plan.chunks)
+        # A token of a step still under way may end one of this step's requests, and so its turn in it.
+        may_stop = bool(self._in_flight) and scheduler.decodes.num_stoppable > 0
+        repeat_max = 1 if may_stop else scheduler.repeat_max(plan.chunks)
         step_id = StepId(self._next_step)
         self._next_step += 1
         self._in_flight.append(_StepInFlight(step_id, plan, repeats=repeat_max > 1))

@@ -44,6 +44,7 @@ from sagellm.core.messages import (
     RequestMoved,
     ReserveKV,
     RunStep,
+    SourceLost,
     TransferKV,
 )
 from sagellm.core.metrics import MetricsFold
@@ -190,9 +191,9 @@ class SimDriver:
             case ReserveKV(instance_id=instance_id, request=request):
                 self._instances[instance_id].told_of[request.request_id] = None
                 self._send(instance_id, effect, now_ns)
-            case AbortRequest() | ReleaseKV() | DecodeHere():
+            case AbortRequest() | ReleaseKV() | SourceLost() | DecodeHere():
                 self._send(effect.instance_id, effect, now_ns)
-            case RejectRequest(request_id=request_id):
+            case RejectRequest(request_id=request_id) | RequestFinished(request_id=request_id):
                 self._request_is_over(request_id, now_ns)
             case _:
                 assert_never(effect)

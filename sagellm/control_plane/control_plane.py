@@ -12,8 +12,8 @@ from sagellm.control_plane.fleet import Fleet
 from sagellm.control_plane.instance_view import InstanceView
 from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
 from sagellm.control_plane.strategies.base import make_strategy
-from sagellm.core.config import ControlPlaneConfig, HandoverStart
-from sagellm.core.identity import InstanceId, RequestId
+from sagellm.core.config import ControlPlaneConfig, HandoverStart, Role
+from sagellm.core.identity import CONTROL_PLANE, InstanceId, RequestId
 from sagellm.core.messages import (
     AbortRequest,
     AssignRequest,
@@ -31,9 +31,10 @@ from sagellm.core.messages import (
     RequestFinished,
     RequestMoved,
     ReserveKV,
+    SourceLost,
 )
 from sagellm.core.randomness import Rng
-from sagellm.core.request import RequestSpec
+from sagellm.core.request import FinishReason, RequestSpec
 
 _EWMA_SHARE = 0.1
 """How much the latest prefill counts in the running mean of time per prompt token."""
@@ -58,6 +59,13 @@ class _Request:
     assigned_ns: int = 0
     cancelled: bool = False
     num_prefill_tokens: int = 0  # of it counted in the owner's view
+    output: QueuedRequest | None = None  # how it is to be queued, should its owner be lost; None: as it was
+
+    def sent(self, num_output_tokens: int, output_token_ids: tuple[int, ...] | None) -> None:
+        """The client has so much of its output."""
+        known = self.output or self.queued
+        if num_output_tokens > known.num_output_tokens:
+            self.output = QueuedRequest(self.spec, num_output_tokens, output_token_ids)
 
     @property
     def spec(self) -> RequestSpec:
@@ -190,6 +198,7 @@ class ControlPlane:
         self._leave_view(request)
         if request.target is None or request.target.instance_id != event.target_instance_id:
             # It moved to an instance that was lost meanwhile.
+            request.sent(event.num_output_tokens, event.output_token_ids)
             self._run_again(request, effects)
             return
         # What was counted on the target when it was chosen stays counted: it is the owner now.
@@ -253,7 +262,9 @@ class ControlPlane:
         for output in event.emitted:
             known = self._requests.get(output.request_id)
             if known is not None:
-                known.queued = QueuedRequest(known.spec, output.num_output_tokens, output.output_token_ids)
+                known.sent(output.num_output_tokens, output.output_token_ids)
+        if view.role is Role.PREFILL:
+            effects.extend(SourceLost(other, event.instance_id) for other in self._fleet.views)
         for request in list(self._requests.values()):
             if request.view is view:
                 self._run_again(request, effects)
@@ -273,19 +284,30 @@ class ControlPlane:
         request.hand_over = False
         request.stage = _Stage.QUEUED
         request.num_prefill_tokens = 0
-        if request.cancelled or request.num_runs >= self.config.attempts_max:
-            del self._requests[request.spec.request_id]
-            reason = "cancelled by the client" if request.cancelled else "its instance was lost, once too often"
-            effects.append(RejectRequest(request.spec.request_id, reason, retryable=not request.cancelled))
+        request.queued, request.output = request.output or request.queued, None
+        end = _end_of_output(request.queued)
+        if end is not None:
+            num_output_tokens = request.queued.num_output_tokens
+            effects.append(RequestFinished(request.spec.request_id, CONTROL_PLANE, end, num_output_tokens))
+        elif request.cancelled:
+            effects.append(RejectRequest(request.spec.request_id, "cancelled by the client", retryable=False))
+        elif request.num_runs >= self.config.attempts_max:
+            reason = "its instance was lost, once too often"
+            effects.append(RejectRequest(request.spec.request_id, reason, retryable=True))
+        else:
+            self._queue.push(request.queued)
             return
-        self._queue.push(request.queued)
+        del self._requests[request.spec.request_id]
 
     def _reject_queue(self, reason: str, effects: list[ControlPlaneEffect]) -> None:
         outlook = QueueOutlook(self._now_ns, self._prefill_ns_per_token)
         while (queued := self._queue.next(outlook)) is not None:
-            self._queue.remove(queued.request_id)
-            del self._requests[queued.request_id]
-            effects.append(RejectRequest(queued.request_id, reason, retryable=True))
+            self._reject(queued, reason, effects)
+
+    def _reject(self, queued: QueuedRequest, reason: str, effects: list[ControlPlaneEffect]) -> None:
+        self._queue.remove(queued.request_id)
+        del self._requests[queued.request_id]
+        effects.append(RejectRequest(queued.request_id, reason, retryable=True))
 
     # --- dispatch ------------------------------------------------------------------------------------------
 
@@ -293,6 +315,9 @@ class ControlPlane:
         """Send requests out, in the strategy's order, for as long as somebody has room for the next."""
         outlook = QueueOutlook(self._now_ns, self._prefill_ns_per_token)
         while (queued := self._queue.next(outlook)) is not None:
+            if queued.spec.num_prompt_tokens + queued.spec.max_output_tokens > self._fleet.num_slots_max:
+                self._reject(queued, "it exceeds the KV cache of every instance that is left", effects)
+                continue
             placed = self._fleet.place(queued.spec, queued.num_prefill_tokens)
             if placed is None:
                 return
@@ -366,3 +391,10 @@ class ControlPlane:
 
 def _tokens_of(spec: RequestSpec) -> str:
     return f"{spec.num_prompt_tokens} prompt + {spec.max_output_tokens} output tokens"
+
+
+def _end_of_output(queued: QueuedRequest) -> FinishReason | None:
+    """Why nothing more is to come of a request that was running; None: there is."""
+    if queued.output_token_ids and queued.output_token_ids[-1] in queued.spec.stop_token_ids:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if queued.num_output_tokens >= queued.spec.max_output_tokens else None

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from sagellm.control_plane.instance_view import InstanceView
 from sagellm.control_plane.prefix_directory import PrefixDirectory, routing_keys
-from sagellm.control_plane.routing import make_routing_policy
+from sagellm.control_plane.routing import RoutingPolicy, make_routing_policy
 from sagellm.core.config import ControlPlaneConfig, Role
 from sagellm.core.identity import InstanceId
 from sagellm.core.messages import InstanceJoined
@@ -26,9 +26,11 @@ class Fleet:
         self._is_disaggregated = False
         self._arrival_policy = make_routing_policy(config.routing, rng)
         self._decode_policy = make_routing_policy(config.routing, rng)
+        self._short_policy = make_routing_policy(config.routing, rng)
         self._directory = PrefixDirectory(PREFIX_ENTRIES_MAX)
         self._needs_hits = self._arrival_policy.needs_prefix_hits or config.disaggregate_min_tokens > 0
-        self.num_slots_max = 0  # KV tokens of the largest instance that can decode
+        self.num_slots_max = 0  # KV tokens of the largest request that can be served
+        self._num_slots_min = 0  # KV tokens of the smallest instance
 
     def join(self, joined: InstanceJoined) -> None:
         assert joined.instance_id not in self.views, f"{joined.instance_id} joined twice"
@@ -52,8 +54,9 @@ class Fleet:
         self._is_disaggregated = bool(prefill) and bool(self.decodes_on)
         if not self.decodes_on:
             self.decodes_on = ()
-        finishing = self.decodes_on or prefill
-        self.num_slots_max = max((view.num_token_slots for view in finishing), default=0)
+        # A request must fit where it is prefilled, too: it may have to decode there.
+        self.num_slots_max = min(_largest(self._arrivals_to), _largest(self.decodes_on or prefill))
+        self._num_slots_min = min((view.num_token_slots for view in views), default=0)
 
     def place(self, request: RequestSpec, num_tokens: int) -> tuple[InstanceView, bool] | None:
         """The instance for a request with ``num_tokens`` to prefill, and whether it hands over.
@@ -62,19 +65,29 @@ class Fleet:
         short goes where it decodes, and is prefilled there.
         """
         hits = self._hit_tokens(request) if self._needs_hits else _NO_HITS
-        limit = self._config.dispatch_tokens_max
-        if self._is_disaggregated and self._config.disaggregate_min_tokens:
-            view = self._choose(self.decodes_on, num_tokens, hits, limit)
-            if view is not None and num_tokens - hits.get(view.instance_id, 0) < self._config.disaggregate_min_tokens:
+        num_slots = request.num_prompt_tokens + request.max_output_tokens
+        min_tokens = self._config.disaggregate_min_tokens
+        if self._is_disaggregated and min_tokens:
+            short = [view for view in self.decodes_on if num_tokens - hits.get(view.instance_id, 0) < min_tokens]
+            view = self._choose(self._short_policy, short, num_tokens, num_slots, hits)
+            if view is not None:
                 return view, False
-        view = self._choose(self._arrivals_to, num_tokens, hits, limit)
+        view = self._choose(self._arrival_policy, self._arrivals_to, num_tokens, num_slots, hits)
         if view is None:
             return None
         return view, self._is_disaggregated and view.role is Role.PREFILL
 
     def _choose(
-        self, views: Sequence[InstanceView], num_tokens: int, hits: Mapping[InstanceId, int], limit: int
+        self,
+        policy: RoutingPolicy,
+        views: Sequence[InstanceView],
+        num_tokens: int,
+        num_slots: int,
+        hits: Mapping[InstanceId, int],
     ) -> InstanceView | None:
+        limit = self._config.dispatch_tokens_max
+        if num_slots > self._num_slots_min:
+            views = [view for view in views if view.num_token_slots >= num_slots]
         # An instance with nothing left to prefill takes even a prompt that is longer than the limit.
         for view in views:
             if view.num_prefill_tokens and view.num_prefill_tokens + num_tokens > limit:
@@ -82,7 +95,7 @@ class Fleet:
                 break
         if not views:
             return None
-        return self._arrival_policy.choose(views, num_tokens, hits)
+        return policy.choose(views, num_tokens, hits)
 
     def choose_decode(self, request: RequestSpec, without: InstanceId | None) -> InstanceView | None:
         """Where a prefilled request goes on, ``without`` being the one that it could not reach."""
@@ -104,3 +117,7 @@ class Fleet:
         hits = self._directory.num_hit_blocks(keys)
         limit = request.num_prompt_tokens - 1
         return {instance_id: min(blocks * block_size, limit) for instance_id, blocks in hits.items()}
+
+
+def _largest(views: Sequence[InstanceView]) -> int:
+    return max((view.num_token_slots for view in views), default=0)

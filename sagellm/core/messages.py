@@ -104,6 +104,13 @@ class ReleaseKV(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     attempt: int
 
 
+class SourceLost(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """To an instance: that prefill instance died; give back all room that waits for KV from it."""
+
+    instance_id: InstanceId
+    lost_instance_id: InstanceId
+
+
 class DecodeHere(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """To a prefill instance: no decode instance can take this request; go on with it yourself."""
 
@@ -151,7 +158,10 @@ class PrefillFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True)
 
 
 class RequestFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """The request ended on this instance; nothing of it runs there any more."""
+    """The request ended on this instance; nothing of it runs there any more.
+
+    The control plane gives it itself where a lost instance had sent all output, but not this.
+    """
 
     request_id: RequestId
     instance_id: InstanceId
@@ -165,6 +175,8 @@ class RequestMoved(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     request_id: RequestId
     instance_id: InstanceId
     target_instance_id: InstanceId
+    num_output_tokens: int  # sent to the client before it moved
+    output_token_ids: tuple[int, ...] | None = None
 
 
 class HandoverFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -281,10 +293,14 @@ class CancelTransfer(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     transfer_id: TransferId
 
 
-MessageToInstance = AssignRequest | ReserveKV | AbortRequest | ReleaseKV | DecodeHere | KVReserved | HandoverFinished
+MessageToInstance = (
+    AssignRequest | ReserveKV | AbortRequest | ReleaseKV | SourceLost | DecodeHere | KVReserved | HandoverFinished
+)
 MessageToControlPlane = PrefillFinished | RequestFinished | RequestMoved | HandoverFailed
 ControlPlaneEvent = RequestArrived | RequestCancelled | InstanceJoined | InstanceLost | MessageToControlPlane
-ControlPlaneEffect = AssignRequest | ReserveKV | AbortRequest | ReleaseKV | DecodeHere | RejectRequest
+ControlPlaneEffect = (
+    AssignRequest | ReserveKV | AbortRequest | ReleaseKV | SourceLost | DecodeHere | RejectRequest | RequestFinished
+)
 InstanceEvent = MessageToInstance | StepProgressed | StepFinished | StepFailed | KVTransferred | KVTransferFailed
 InstanceEffect = (
     RunStep

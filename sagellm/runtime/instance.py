@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from sagellm.core.config import InstanceConfig
-from sagellm.core.identity import RequestId, StepId
+from sagellm.core.identity import InstanceId, RequestId, StepId
 from sagellm.core.messages import (
     AbortRequest,
     AssignRequest,
@@ -28,6 +28,7 @@ from sagellm.core.messages import (
     RequestFinished,
     ReserveKV,
     RunStep,
+    SourceLost,
     StepFailed,
     StepFinished,
     StepProgressed,
@@ -38,7 +39,9 @@ from sagellm.runtime.kv_sender import KVSender, release_of
 from sagellm.runtime.local_request import LocalRequest, RequestState
 from sagellm.runtime.scheduler.step_scheduler import StepScheduler
 
-_DeferredEvent = AssignRequest | ReserveKV | AbortRequest | ReleaseKV | DecodeHere | HandoverFinished | KVReserved
+_DeferredEvent = (
+    AssignRequest | ReserveKV | AbortRequest | ReleaseKV | SourceLost | DecodeHere | HandoverFinished | KVReserved
+)
 _HandoverEvent = KVReserved | KVTransferred | KVTransferFailed
 _TokenIds = tuple[tuple[int, ...], ...] | None
 
@@ -274,6 +277,8 @@ class Instance:
         effects.extend(self._sender.stop(request.request_id))
         if not is_untouched:
             self._mute(request)
+        if request.state is RequestState.RECEIVING:
+            del self._reservations[request.request_id]
         request.move(RequestState.ENDED)
         del self._requests[request.request_id]
 
@@ -350,6 +355,8 @@ class Instance:
                 self._scheduler.reservations.append(event)
             case ReleaseKV():
                 self._release_reservation(event, effects)
+            case SourceLost(lost_instance_id=lost_instance_id):
+                self._release_reservations_from(lost_instance_id, effects)
             case DecodeHere(request_id=request_id):
                 request = self._requests.get(request_id)
                 if request is not None:
@@ -402,8 +409,14 @@ class Instance:
                 return
         answer = self._reservations.get(event.request_id)
         if answer is not None and answer.attempt == event.attempt:
-            del self._reservations[event.request_id]
             self._forget(self._requests[event.request_id], effects)
+
+    def _release_reservations_from(self, source_id: InstanceId, effects: list[InstanceEffect]) -> None:
+        queue = self._scheduler.reservations
+        for reservation in [each for each in queue if each.source_instance_id == source_id]:
+            queue.remove(reservation)
+        for answer in [each for each in self._reservations.values() if each.instance_id == source_id]:
+            self._forget(self._requests[answer.request_id], effects)
 
     def _received(self, event: HandoverFinished) -> None:
         answer = self._reservations.get(event.request_id)

@@ -185,7 +185,7 @@ class KVSender:
     def _finish(self, handover: _Handover) -> list[InstanceEffect]:
         request, reservation = handover.request, handover.reservation
         del self._handovers[request.request_id]
-        token_ids = request.output_token_ids
+        token_ids = None if request.output_token_ids is None else tuple(request.output_token_ids)
         return [
             HandoverFinished(
                 instance_id=reservation.target_instance_id,
@@ -193,9 +193,15 @@ class KVSender:
                 attempt=reservation.attempt,
                 num_computed_tokens=request.prefill_target,
                 num_output_tokens=request.num_output_tokens,
-                output_token_ids=None if token_ids is None else tuple(token_ids),
+                output_token_ids=token_ids,
             ),
-            RequestMoved(request.request_id, self._config.instance_id, reservation.target_instance_id),
+            RequestMoved(
+                request_id=request.request_id,
+                instance_id=self._config.instance_id,
+                target_instance_id=reservation.target_instance_id,
+                num_output_tokens=request.num_output_tokens,
+                output_token_ids=token_ids,
+            ),
         ]
 
 

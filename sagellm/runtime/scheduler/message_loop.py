@@ -20,11 +20,21 @@ from sagellm.core.messages import (
     RequestFinished,
     RequestMoved,
     ReserveKV,
+    SourceLost,
 )
 from sagellm.core.randomness import Rng
 from sagellm.runtime.instance import Instance
 
-_TO_INSTANCE = (AssignRequest, ReserveKV, AbortRequest, ReleaseKV, DecodeHere, KVReserved, HandoverFinished)
+_TO_INSTANCE = (
+    AssignRequest,
+    ReserveKV,
+    AbortRequest,
+    ReleaseKV,
+    SourceLost,
+    DecodeHere,
+    KVReserved,
+    HandoverFinished,
+)
 _TO_CONTROL_PLANE = (PrefillFinished, RequestFinished, RequestMoved, HandoverFailed)
 
 

@@ -1,11 +1,14 @@
 """How far the simulator is from measured online runs of vLLM.
 
-    python benchmarks/fidelity.py [--run FILE.csv]... [--cluster FILE|NAME]... [--json FILE]
+    python benchmarks/fidelity.py [--run FILE.csv]... [--cluster FILE|NAME]... [--jitter N] [--json FILE]
 
 Each run is a CSV file with a row per request as its client saw it (``sent_s, num_prompt_tokens,
 num_output_tokens, ttft_ms, e2e_ms``). The simulator gets the first three columns. By default the runs
 are those of ``../shared/data/h200``, and the clusters ``h200x1-vllm`` and the same with the profile
 family in place of the profile that was fitted to that very model.
+
+``--jitter N`` also gives the range of each error over N replays in which every request is sent up to a
+millisecond later: what a figure owes to chance.
 
 Definitions: TTFT is first token minus request start; TPOT is (E2E - TTFT) / (output tokens - 1), of
 requests with two tokens or more; throughput is output tokens over the time from the first request to
@@ -14,8 +17,9 @@ the last token. Percentiles are interpolated linearly.
 
 import argparse
 import json
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,7 @@ from sim.replay import replay
 from sim.report.statistics import Distribution, distribution_of
 from sim.report.summary import summarise
 from traces.reader import read_trace
+from traces.request_trace import Trace
 
 DATA_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "h200"
 RUN_FILES = ("vllm-0.22.1_qwen2.5-7b_online_conv_16.csv", "vllm-0.22.1_qwen2.5-7b_online_code_6.csv")
@@ -38,6 +43,7 @@ FITTED_PROFILE = "h200/vllm-0.22.1-qwen2.5-7b"
 FAMILY_PROFILE = "h200/vllm-0.22.1"
 STATISTICS = ("mean", "median", "p90", "p99")
 THROUGHPUT = "output tokens/s"
+JITTER_NS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +87,22 @@ class Comparison:
         return self.limit is None or abs(self.error) <= self.limit
 
 
-def compare(run: Path, cluster: ClusterDescription, limits: Limits) -> list[Comparison]:
+def compare(run: Path, cluster: ClusterDescription, limits: Limits, jitter_seed: int | None = None) -> list[Comparison]:
     """Replay the run's requests on the cluster. Raises ValueError where the file cannot be read."""
     measured = measured_figures(read_requests(run))
-    simulated = simulated_figures(run, cluster)
+    trace = read_trace(run, seed=0)
+    simulated = simulated_figures(trace if jitter_seed is None else jittered(trace, jitter_seed), cluster)
     return [
         Comparison(metric, statistic, value, simulated[metric, statistic], limits.of(metric, statistic))
         for (metric, statistic), value in measured.items()
     ]
+
+
+def jittered(trace: Trace, seed: int) -> Trace:
+    """Each request up to a millisecond later."""
+    rng = random.Random(seed)
+    later = (replace(request, arrival_ns=request.arrival_ns + rng.randrange(JITTER_NS)) for request in trace.requests)
+    return replace(trace, requests=tuple(sorted(later, key=lambda request: request.arrival_ns)))
 
 
 Figures = Mapping[tuple[str, str], float]
@@ -111,10 +125,9 @@ def measured_figures(requests: Sequence[MeasuredRequest]) -> Figures:
     )
 
 
-def simulated_figures(run: Path, cluster: ClusterDescription) -> Figures:
+def simulated_figures(trace: Trace, cluster: ClusterDescription) -> Figures:
     """The same of a replay."""
-    result = replay(sim_cluster(build_cluster(cluster)), read_trace(run, seed=0))
-    summary = summarise(result.metrics, {})
+    summary = summarise(replay(sim_cluster(build_cluster(cluster)), trace).metrics, {})
     assert summary.completed == summary.num_requests, f"{summary.num_requests - summary.completed} did not complete"
     assert summary.output_throughput is not None
     return _figures(summary.ttft, summary.tpot, summary.e2el, summary.output_throughput)
@@ -140,15 +153,16 @@ def family_cluster() -> ClusterDescription:
     return parse_cluster(text, source="the family's cluster", name=f"{FITTED_CLUSTER}, profile {FAMILY_PROFILE}")
 
 
-def table(comparisons: Sequence[Comparison]) -> str:
+def table(comparisons: Sequence[Comparison], jitters: Sequence[Sequence[Comparison]]) -> str:
     """One line for each figure."""
-    lines = [f"{'':<16}{'':<8}{'measured':>10}{'simulated':>11}{'error':>9}{'limit':>7}"]
-    for c in comparisons:
+    heading = f"{'':<16}{'':<8}{'measured':>10}{'simulated':>11}{'error':>9}{'limit':>7}"
+    lines = [heading + ("   error with jitter" if jitters else "")]
+    for index, c in enumerate(comparisons):
         limit = "-" if c.limit is None else f"{c.limit:.0%}"
-        mark = "" if c.passes else "  outside"
-        lines.append(
-            f"{c.metric:<16}{c.statistic:<8}{c.measured:>10,.2f}{c.simulated:>11,.2f}{c.error:>+9.2%}{limit:>7}{mark}"
-        )
+        line = f"{c.metric:<16}{c.statistic:<8}{c.measured:>10,.2f}{c.simulated:>11,.2f}{c.error:>+9.2%}{limit:>7}"
+        errors = [jitter[index].error for jitter in jitters]
+        line += f"   {min(errors):+.2%} to {max(errors):+.2%}" if errors else ""
+        lines.append(line if c.passes else f"{line}   outside")
     return "\n".join(lines)
 
 
@@ -156,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", dest="runs", action="append", type=Path, metavar="FILE.csv")
     parser.add_argument("--cluster", dest="clusters", action="append", metavar="FILE|NAME")
+    parser.add_argument("--jitter", type=int, default=0, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     if options.clusters:
@@ -166,7 +181,8 @@ def main() -> None:
     for run in options.runs or [DATA_FOLDER / name for name in RUN_FILES]:
         for cluster, limits in clusters:
             comparisons = compare(run, cluster, limits)
-            print(f"{run.name} on {cluster.name}\n{table(comparisons)}\n")
+            jitters = [compare(run, cluster, limits, seed) for seed in range(options.jitter)]
+            print(f"{run.name} on {cluster.name}\n{table(comparisons, jitters)}\n")
             figures = [{**asdict(c), "error": c.error, "passes": c.passes} for c in comparisons]
             results.append({"run": run.name, "cluster": cluster.name, "figures": figures})
     if options.json is not None:

@@ -5,7 +5,7 @@ after the other: its chunks, and its decodes. An instance plans its next step wh
 however a caller draws them, prefill and decode take turns and neither starves.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sagellm.core.config import Role
@@ -24,24 +24,17 @@ class BlockTables:
         self._block_size = block_size
         self._tables: dict[RequestId, list[int]] = {}
 
-    def extend(self, new_block_ids: Iterable[tuple[RequestId, tuple[int, ...]]]) -> None:
-        for request_id, block_ids in new_block_ids:
-            self._tables.setdefault(request_id, []).extend(block_ids)
+    def extend(self, request_id: RequestId, block_ids: Sequence[int]) -> None:
+        self._tables.setdefault(request_id, []).extend(block_ids)
 
     def table(self, request_id: RequestId, num_tokens: int) -> tuple[int, ...]:
-        """The table of a request of which so many tokens are known when its step is planned.
-
-        An instance tells of a whole table when it admits a request and of each block added later, and
-        a table always covers exactly the known tokens. So what stands before that many blocks
-        is left over from an earlier admission.
-        """
+        """The table of a request of which so many tokens are known when its step is planned."""
         block_ids = self._tables[request_id]
-        num_stale = len(block_ids) - -(-num_tokens // self._block_size)
-        assert num_stale >= 0, f"I9: {request_id} lacks {-num_stale} blocks"
-        del block_ids[:num_stale]
+        assert len(block_ids) == -(-num_tokens // self._block_size), f"I9: {request_id} has a table of another length"
         return tuple(block_ids)
 
     def forget(self, request_id: RequestId) -> None:
+        """The table begins anew, or the request is gone."""
         self._tables.pop(request_id, None)
 
 
@@ -77,8 +70,11 @@ class OpenSteps:
         """A device was given a step: make its batches."""
         plan, instance_id = effect.plan, effect.instance_id
         device_id = self._device_ids[instance_id]
-        # An instance also tells of blocks that it reserved for a request that has ended meanwhile.
-        self._tables[instance_id].extend((r, ids) for r, ids in plan.new_block_ids if not records[r].is_over)
+        tables = self._tables[instance_id]
+        for request_id in plan.preempted_request_ids:
+            tables.forget(request_id)
+        for request_id, block_ids in plan.new_block_ids:
+            tables.extend(request_id, block_ids)
         batches: dict[BatchPhase, Batch] = {}
         for phase, decode_ids, chunks in self._split(effect):
             entries = self._entries(instance_id, decode_ids, chunks, records)
@@ -116,6 +112,10 @@ class OpenSteps:
 
     def close(self, step: OpenStep) -> None:
         del self._steps[step.device_id]
+
+    def begin_table(self, instance_id: InstanceId, request_id: RequestId) -> None:
+        """The instance reserved blocks for the request, which its next plan will tell of."""
+        self._tables[instance_id].forget(request_id)
 
     def forget_request(self, request_id: RequestId) -> None:
         """The request is over."""

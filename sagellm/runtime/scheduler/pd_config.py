@@ -119,11 +119,12 @@ def instance_config(config: PDSchedulerConfig, device_id: int, role: Role) -> In
 
 
 def control_plane_config(config: PDSchedulerConfig) -> ControlPlaneConfig:
-    """A device is sent one batch's worth of prompts; the rest waits in the strategy's order."""
+    """A device is sent what fills a batch chunk by chunk; the rest waits in the strategy's order."""
+    num_chunks = -(-config.max_prefill_tokens // config.prefill_chunk_size)
     return ControlPlaneConfig(
         strategy=config.strategy,
         routing=config.routing,
-        dispatch_tokens_max=config.max_prefill_tokens,
+        dispatch_tokens_max=num_chunks * config.max_prefill_tokens,
         handover_start=HandoverStart(config.handover_start),
     )
 

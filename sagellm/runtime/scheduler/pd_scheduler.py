@@ -16,6 +16,7 @@ from sagellm.core.messages import (
     EmitTokens,
     Event,
     HandoverFinished,
+    KVReserved,
     KVTransferFailed,
     KVTransferred,
     PrefillFinished,
@@ -108,7 +109,8 @@ class PDScheduler:
     def abort_request(self, request_id: str, now_ns: int | None = None) -> bool:
         """Stop a request; False where it was over already.
 
-        It is over at once, or, where its device has a step under way, when that step is completed.
+        It is over at once, or, where its device has a step planned or under way, when that is completed;
+        where that step gives its last token, it ends as if it had not been aborted.
         """
         record = self._records[request_id]
         self._advance(now_ns)
@@ -269,6 +271,8 @@ class PDScheduler:
             self._finish_step(StepFinished(effect.instance_id, effect.step_id, ends_ns, step.sampled_token_ids()))
 
     def _finish_step(self, event: StepFinished | StepFailed) -> None:
+        # What was asked for before has its say in the step that is planned now.
+        self._loop.settle(self._now_ns)
         self._tell(event.instance_id, event)
         self._loop.settle(self._now_ns)
 
@@ -297,6 +301,8 @@ class PDScheduler:
             case RequestFinished() | RejectRequest():
                 self._records.take(effect)
                 self._steps.forget_request(effect.request_id)
+            case KVReserved(target_instance_id=target_id, request_id=reserved_id):
+                self._steps.begin_table(target_id, reserved_id)
             case TransferKV():
                 self._migrations.add(effect)
             case CancelTransfer(transfer_id=transfer_id):

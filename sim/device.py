@@ -114,8 +114,8 @@ class SimDevice:
         self._host_free_fs = 0
         self._device_free_fs = 0  # end of the last committed execution
         self._last_end_fs = 0  # end of the last execution that is over
-        self.slowdown = 1  # a straggler's device takes so many times as long
-        self.fails_next = False  # the next step to end fails
+        self._slowdown = 1  # a straggler's device takes so many times as long
+        self._ends_to_failure = -1  # executions still to end well before one fails; -1: none is to fail
 
     def launch(self, step: RunStep, now_ns: int) -> None:
         """Queue a step behind those in flight."""
@@ -127,7 +127,7 @@ class SimDevice:
                 tuple([(chunk.num_tokens, chunk.num_computed_tokens) for chunk in plan.chunks]) if plan.chunks else (),
             )
         )
-        device_fs, growth_fs = cost.device_fs * self.slowdown, cost.device_growth_fs * self.slowdown
+        device_fs, growth_fs = cost.device_fs * self._slowdown, cost.device_growth_fs * self._slowdown
         ready_fs = max(self._exact_fs(now_ns), self._host_free_fs) + cost.host_fs
         self._host_free_fs = ready_fs
         start_fs = max(ready_fs, self._device_free_fs)
@@ -135,7 +135,7 @@ class SimDevice:
         behind_ns = _to_ns(self._device_free_fs) if self._launched else -1
         launched = _Launched(step, start_fs, device_fs, growth_fs, gap_fs, behind_ns)
         self._launched.append(launched)
-        num_max = min(step.repeat_max, cost.linear_repeat_max)
+        num_max = min(step.repeat_max, cost.linear_repeat_max) if self._ends_to_failure < 0 else 1
         if step.repeat_max == 1:
             self._finish_at(launched, 1)
         elif self._is_synchronous:
@@ -161,6 +161,17 @@ class SimDevice:
                 self._finish_at(launched, num_done)
         elif num_done < launched.num_to_run - 1:
             self._progress_at(launched, num_done, _to_ns(launched.end_fs(num_done)))
+
+    def fail_next(self, now_ns: int) -> None:
+        """The execution under way ends well; the first to start after it fails at its end."""
+        self.interrupt(now_ns)
+        is_boundary = _to_ns(self._last_end_fs) == now_ns
+        self._ends_to_failure = 1 if self._launched and not is_boundary else 0
+
+    def slow_down(self, slowdown: int, now_ns: int) -> None:
+        """Steps launched from now on take so many times as long."""
+        self.interrupt(now_ns)
+        self._slowdown = slowdown
 
     def halt(self, now_ns: int) -> StepProgressed | None:
         """The device is lost: nothing more comes from it, but for what it had done by now."""
@@ -194,6 +205,7 @@ class SimDevice:
             launched.is_open = False
             if num_done:
                 self._last_end_fs = launched.end_fs(num_done)
+                self._ends_to_failure = min(self._ends_to_failure, 0)
             ends_ns = launched.take_ends_ns(num_done)
             self._finish_at(launched, num_done + 1)
             self._report(StepProgressed(launched.step.instance_id, launched.step.step_id, ends_ns), at_ns)
@@ -216,10 +228,12 @@ class SimDevice:
             self._launched.popleft()
             self._last_end_fs = end_fs
             instance_id, step_id = launched.step.instance_id, launched.step.step_id
-            if self.fails_next:
-                self.fails_next = False
+            if self._ends_to_failure == 0:
+                self._ends_to_failure = -1
+                self.interrupt(at_ns)
                 self._report(StepFailed(instance_id, step_id, "injected fault"), at_ns)
             else:
+                self._ends_to_failure = min(self._ends_to_failure, 0)
                 self._report(StepFinished(instance_id, step_id, launched.take_ends_ns(num_repetitions)), at_ns)
 
         self._schedule(at_ns, finish)

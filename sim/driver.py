@@ -88,6 +88,7 @@ class SimDriver:
         self._dirty: dict[InstanceId, None] = {}
         self._outgoing: dict[tuple[InstanceId, int], list[_Message]] = {}
         self._armed_ns: dict[InstanceId, int] = {}
+        self._dying: dict[InstanceId, int] = {}
         self.on_request_over: Callable[[str, int], None] | None = None
         for instance in cluster.instances:
             self._join(instance)
@@ -114,24 +115,24 @@ class SimDriver:
         self._deliver(CONTROL_PLANE, event, now_ns)
 
     def fail_next_step(self, instance_id: InstanceId) -> None:
-        self._instances[instance_id].device.fails_next = True
+        """The execution under way ends well; the one after it fails at its end."""
+        self._instances[instance_id].device.fail_next(self.now_ns)
+
+    def fail_transfers(self, instance_id: InstanceId, reason: str = "injected fault") -> None:
+        """All transfers under way from and to the instance break now."""
+        for transfer_id, source_id in self._network.transfers_of(instance_id):
+            self._network.cancel(transfer_id, self.now_ns)
+            self._transfer_closed(source_id, KVTransferFailed(transfer_id, reason))
 
     def set_slowdown(self, instance_id: InstanceId, slowdown: int) -> None:
         """From its next step on the instance takes so many times as long."""
-        self._instances[instance_id].device.slowdown = slowdown
+        self._instances[instance_id].device.slow_down(slowdown, self.now_ns)
 
     def lose(self, instance_id: InstanceId, detection_ns: int = 1_000_000_000) -> None:
-        """The instance dies now; the control plane hears of it ``detection_ns`` later."""
-        instance = self._instances[instance_id]
-        if instance.lost:
-            return
-        report = instance.device.halt(self.now_ns)
-        if report is not None:
-            self._emit_last_words(instance_id, instance, report)
-        instance.lost = True
-        self._fail_transfers_of(instance_id)
-        delay_ns = max(detection_ns, 2 * self._cluster.message_latency_ns)
-        self._at(self.now_ns + delay_ns, lambda _: self._report_loss(instance_id))
+        """The instance dies when this instant is over; the control plane hears of it ``detection_ns`` later."""
+        if not self._instances[instance_id].lost:
+            self._dying.setdefault(instance_id, detection_ns)
+            self._dirty[instance_id] = None
 
     def run(self) -> None:
         """Until nothing is left to happen. Machines are polled when an instant has no event left."""
@@ -144,6 +145,8 @@ class SimDriver:
                     now_ns: int = env.now  # type: ignore[assignment]
                     if peek() > now_ns:
                         self._poll_dirty(now_ns)
+                        if self._dying:
+                            self._lose_dying()
 
     # --- instants ----------------------------------------------------------------------------------------
 
@@ -339,6 +342,19 @@ class SimDriver:
 
     # --- losses ----------------------------------------------------------------------------------------------------
 
+    def _lose_dying(self) -> None:
+        """After the last poll of the instant, so that all that ended by now is out, however it is reported."""
+        dying, self._dying = self._dying, {}
+        for instance_id, detection_ns in dying.items():
+            instance = self._instances[instance_id]
+            report = instance.device.halt(self.now_ns)
+            if report is not None:
+                self._emit_last_words(instance_id, instance, report)
+            instance.lost = True
+            self.fail_transfers(instance_id, f"{instance_id} is lost")
+            delay_ns = max(detection_ns, 2 * self._cluster.message_latency_ns)
+            self._at(self.now_ns + delay_ns, lambda _, lost_id=instance_id: self._report_loss(lost_id))  # type: ignore[misc]
+
     def _emit_last_words(self, instance_id: InstanceId, instance: _SimInstance, report: StepReport) -> None:
         """Clients have the tokens of every repetition that ended before the loss."""
         now_ns = self.now_ns
@@ -352,11 +368,6 @@ class SimDriver:
         for effect in effects:
             if isinstance(effect, EmitTokens):
                 self._observe(now_ns, effect)
-
-    def _fail_transfers_of(self, instance_id: InstanceId) -> None:
-        for transfer_id, source_id in self._network.transfers_of(instance_id):
-            self._network.cancel(transfer_id, self.now_ns)
-            self._transfer_closed(source_id, KVTransferFailed(transfer_id, f"{instance_id} is lost"))
 
     def _report_loss(self, instance_id: InstanceId) -> None:
         records = self._fold.metrics.requests

@@ -43,7 +43,7 @@ TARGET_US = 200
 class Bench:
     """An instance with `NUM_RUNNING` requests that decode, and a device that answers at once."""
 
-    def __init__(self, *, repeat_max: int) -> None:
+    def __init__(self, *, repeat_max: int = 1, stop_token_ids: tuple[int, ...] = ()) -> None:
         self.instance = Instance(
             InstanceConfig(INSTANCE_ID, NUM_BLOCKS, max_num_seqs=NUM_PLACES, repeat_max=repeat_max)
         )
@@ -54,9 +54,7 @@ class Bench:
         for index in range(NUM_RUNNING):
             # Lengths differ, so that requests do not all need their next block in the same step.
             self._assign(
-                RequestSpec(
-                    RequestId(f"running-{index}"), 0, 100 + index, OUTPUT_TOKENS, stop_token_ids=(STOP_TOKEN_ID,)
-                )
+                RequestSpec(RequestId(f"running-{index}"), 0, 100 + index, OUTPUT_TOKENS, stop_token_ids=stop_token_ids)
             )
         self.poll()
         while self.in_flight[0].plan.chunks:
@@ -108,21 +106,21 @@ def plan_only(num_polls: int) -> list[int]:
 
 
 def step_return(num_polls: int) -> list[int]:
-    bench = Bench(repeat_max=1)
+    bench = Bench()
     for _ in range(num_polls):
         bench.finish_step(with_token_ids=False)
     return bench.durations_ns
 
 
 def step_return_with_token_ids(num_polls: int) -> list[int]:
-    bench = Bench(repeat_max=1)
+    bench = Bench(stop_token_ids=(STOP_TOKEN_ID,))
     for _ in range(num_polls):
         bench.finish_step(with_token_ids=True)
     return bench.durations_ns
 
 
 def prefill_chunk(num_polls: int) -> list[int]:
-    bench = Bench(repeat_max=1)
+    bench = Bench(stop_token_ids=(STOP_TOKEN_ID,))
     for _ in range(num_polls):
         bench.new_prompt()
         bench.finish_step(with_token_ids=True)

@@ -329,7 +329,9 @@ class Instance:
         scheduler = self._scheduler
         # A token of a step still under way may end one of this step's requests, and so its turn in it.
         may_stop = bool(self._in_flight) and scheduler.decodes.num_stoppable > 0
-        repeat_max = 1 if may_stop else scheduler.repeat_max(plan.chunks)
+        # Who was preempted may have left room for somebody who was looked at before.
+        is_unsettled = may_stop or bool(plan.preempted_request_ids)
+        repeat_max = 1 if is_unsettled else scheduler.repeat_max(plan.chunks)
         step_id = StepId(self._next_step)
         self._next_step += 1
         self._in_flight.append(_StepInFlight(step_id, plan, repeats=repeat_max > 1))

@@ -39,4 +39,4 @@ def test_a_whole_replay_is_timed_and_counted(tmp_path: Path) -> None:
     assert result.num_forward_passes > result.num_requests
     assert result.requests_per_s == pytest.approx(3 / result.median_wall_s)
     assert 10 < result.peak_rss_mib < 1000
-    assert 0 < result.median_cpu_s
+    assert result.median_cpu_s > 0

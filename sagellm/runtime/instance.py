@@ -316,6 +316,8 @@ class Instance:
         while scheduler.reservations and (admitted := scheduler.admit_reservation()) is not None:
             effects.append(self._reserved(*admitted))
         plan = scheduler.plan(self._done_clock)
+        if plan is None and scheduler.waiting and not self._in_flight and self._keep_unreserved():
+            plan = scheduler.plan(self._done_clock)
         if scheduler.preempted_since:
             for request in scheduler.preempted_since:
                 self._mute(request)
@@ -385,6 +387,27 @@ class Instance:
         request.hand_over = False
         if request.state is RequestState.HANDING_OVER:
             self._scheduler.staying.append(request)
+
+    def _keep_unreserved(self) -> bool:
+        """Break a circle, where nothing runs and a request that waits here has its room elsewhere already.
+
+        What holds the blocks here may wait for room that is kept for just those that wait here. Requests
+        that nobody has room for decode here, then, and their blocks come free in the end.
+        """
+        has_reservation = self._sender.has_reservation
+        if not any(has_reservation(request.request_id) for request in self._scheduler.waiting):
+            return False
+        kept = [
+            request
+            for request in self._requests.values()
+            if request.state is RequestState.HANDING_OVER
+            and request.hand_over
+            and not has_reservation(request.request_id)
+        ]
+        for request in kept:
+            self._decode_here(request)
+        self._scheduler.admit_staying()
+        return bool(kept)
 
     # --- the receiving side of a hand-over ---------------------------------------------------------------
 

@@ -67,6 +67,10 @@ class KVSender:
         """True while any transfer is under way."""
         return bool(self._by_transfer)
 
+    def has_reservation(self, request_id: RequestId) -> bool:
+        """True where a decode instance has room for the request, and it has not moved there yet."""
+        return request_id in self._handovers
+
     def hold(self, request: LocalRequest, blocks: RequestBlocks) -> bool:
         """Keep blocks that the request gives up until no transfer reads them; False where none does."""
         readers = [

@@ -1,0 +1,134 @@
+"""Fast-forward changes nothing but the running time: the same decisions, and the same token times."""
+
+import os
+from collections import Counter
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from random_runs import (
+    Recording,
+    assert_all_is_over,
+    random_cluster,
+    random_faults,
+    random_trace,
+    record,
+    without_fast_forward,
+)
+
+from sagellm.core.config import HandoverStart, Role
+from sagellm.core.request import LatencySLO
+from sim.cluster import SimCluster
+from sim.faults import Fault
+from traces.request_trace import Trace
+
+NUM_EXAMPLES = int(os.environ.get("SAGELLM_EXAMPLES", "20"))
+COVERAGE_SEEDS = range(36)
+
+
+def both_ways(seed: int, *, with_faults: bool) -> tuple[SimCluster, Recording, Recording]:
+    """The same random run, with fast-forward and without."""
+    rng = Random(seed)
+    cluster, trace = random_cluster(rng), random_trace(rng)
+    faults: tuple[Fault, ...] = random_faults(rng, cluster, trace) if with_faults else ()
+    slo = rng.choice([None, LatencySLO(ttft_ns=50_000_000, tpot_ns=20_000_000)])
+    fast = record(cluster, trace, seed=seed, faults=faults, slo=slo)
+    slow = record(without_fast_forward(cluster), trace, seed=seed, faults=faults, slo=slo, check=False)
+    return cluster, fast, slow
+
+
+def assert_equal(fast: Recording, slow: Recording) -> None:
+    # Reports that came in one portion differ in order within an instant, so decisions are sorted.
+    for one, other in zip(sorted(fast.decisions), sorted(slow.decisions), strict=False):
+        assert one == other
+    assert len(fast.decisions) == len(slow.decisions)
+    assert fast.tokens == slow.tokens
+    assert {r: x.finish_reason for r, x in fast.requests.items()} == {
+        r: x.finish_reason for r, x in slow.requests.items()
+    }
+
+
+@settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 1 << 40), with_faults=st.booleans())
+def test_same_decisions_and_token_times(seed: int, with_faults: bool) -> None:
+    _, fast, slow = both_ways(seed, with_faults=with_faults)
+    for what in ("repeated", "preempted", "KVTransferred", "KVTransferFailed", "StepFailed", "InstanceLost"):
+        if fast.counts[what]:
+            event(what)
+    assert_equal(fast, slow)
+    assert_all_is_over(fast)
+    assert_all_is_over(slow)
+
+
+def test_the_random_runs_reach_what_they_should() -> None:
+    """Over fixed seeds: every deployment shape, and every way in which a repetition is cut short."""
+    counts: Counter[str] = Counter()
+    for seed in COVERAGE_SEEDS:
+        cluster, fast, slow = both_ways(seed, with_faults=seed % 2 == 0)
+        assert_equal(fast, slow)
+        assert_all_is_over(fast)
+        counts.update(fast.counts)
+        counts.update(_shape(cluster, fast))
+    expected = (
+        "StepProgressed of 0",  # cut short behind a step still under way
+        "StepProgressed of 1",
+        "StepProgressed of 3",  # three or more
+        "StepFinished of 1",
+        "StepFinished of 2",
+        "StepFinished of 3",
+        "preempted",
+        "StepFailed",
+        "InstanceLost",
+        "KVTransferFailed",
+        "-> CancelTransfer",
+        "-> DecodeHere",
+        "-> HandoverFailed",
+        "-> AbortRequest",
+        "-> RejectRequest",
+        "colocated",
+        "at_end",
+        "streamed",
+        "conditional",
+        "host is slower",
+        "1 in flight",
+        "2 in flight",
+    )
+    assert not [what for what in expected if not counts[what]]
+
+
+def _shape(cluster: SimCluster, run: Recording) -> list[str]:
+    roles = {instance.config.role for instance in cluster.instances}
+    start = cluster.control_plane.handover_start
+    is_moved = bool(run.counts["-> RequestMoved"])
+    cost = cluster.instances[0].cost_model
+    return [
+        "colocated" if roles == {Role.MIXED} else "disaggregated",
+        "at_end" if is_moved and start is HandoverStart.AT_END else "",
+        "streamed" if is_moved and start is HandoverStart.STREAMED else "",
+        "conditional" if is_moved and cluster.control_plane.disaggregate_min_tokens else "",
+        "host is slower" if cost.host_fs > cost.step_fs else "",  # type: ignore[attr-defined]
+        f"{cluster.instances[0].config.steps_in_flight_max} in flight",
+    ]
+
+
+@pytest.mark.parametrize("steps_in_flight_max", [1, 2])
+def test_it_saves_the_visits_to_single_tokens(steps_in_flight_max: int) -> None:
+    """Else it could be equal because it never happens."""
+    rng = Random(5)
+    cluster = random_cluster(rng)
+    config = replace(
+        cluster.instances[0].config,
+        num_blocks=1000,
+        max_num_seqs=16,
+        max_num_batched_tokens=512,
+        role=Role.MIXED,
+        steps_in_flight_max=steps_in_flight_max,
+    )
+    cost = replace(cluster.instances[0].cost_model, linear_repeat_max=1 << 60, host_fs=0)  # type: ignore[type-var]
+    cluster = replace(cluster, instances=(replace(cluster.instances[0], config=config, cost_model=cost),))
+    trace: Trace = random_trace(Random(1))
+    fast, slow = record(cluster, trace), record(without_fast_forward(cluster), trace)
+    assert_equal(fast, slow)
+    assert 3 * fast.counts["-> RunStep"] < slow.counts["-> RunStep"]

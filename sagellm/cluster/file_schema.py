@@ -84,7 +84,7 @@ class LimitsSection(Section):
     """``limits``."""
 
     queue_max: CountOrUnlimited = 100_000
-    dispatch_tokens_max: CountOrUnlimited = 16_384
+    dispatch_tokens_max: CountOrUnlimited = 0  # four steps' worth of each instance
     max_model_len: Count | None = None
     attempts_max: Count = 3
 

@@ -34,7 +34,7 @@ class Fleet:
 
     def join(self, joined: InstanceJoined) -> None:
         assert joined.instance_id not in self.views, f"{joined.instance_id} joined twice"
-        self.views[joined.instance_id] = InstanceView(joined)
+        self.views[joined.instance_id] = InstanceView(joined, self._config.dispatch_tokens_max)
         self._sort()
 
     def lose(self, instance_id: InstanceId) -> InstanceView | None:
@@ -85,13 +85,11 @@ class Fleet:
         num_slots: int,
         hits: Mapping[InstanceId, int],
     ) -> InstanceView | None:
-        limit = self._config.dispatch_tokens_max
         if num_slots > self._num_slots_min:
             views = [view for view in views if view.num_token_slots >= num_slots]
-        # An instance with nothing left to prefill takes even a prompt that is longer than the limit.
         for view in views:
-            if view.num_prefill_tokens and view.num_prefill_tokens + num_tokens > limit:
-                views = [v for v in views if not v.num_prefill_tokens or v.num_prefill_tokens + num_tokens <= limit]
+            if not view.has_room(num_tokens):
+                views = [view for view in views if view.has_room(num_tokens)]
                 break
         if not views:
             return None

@@ -9,10 +9,15 @@ from sagellm.core.identity import InstanceId
 from sagellm.core.messages import InstanceJoined
 
 
+DISPATCH_STEPS = 4
+"""Two steps in flight, one being planned, and one on its way to the instance."""
+
+
 class InstanceView:
     """One instance's load, kept up to date by the control plane; policies only read it."""
 
     __slots__ = (
+        "dispatch_tokens_max",
         "instance_id",
         "load",
         "max_num_batched_tokens",
@@ -24,7 +29,8 @@ class InstanceView:
         "role",
     )
 
-    def __init__(self, joined: InstanceJoined) -> None:
+    def __init__(self, joined: InstanceJoined, dispatch_tokens_max: int) -> None:
+        self.dispatch_tokens_max = dispatch_tokens_max or DISPATCH_STEPS * joined.max_num_batched_tokens
         self.instance_id: InstanceId = joined.instance_id
         self.role: Role = joined.role
         self.num_token_slots = joined.num_token_slots
@@ -34,6 +40,10 @@ class InstanceView:
         self.num_prefill_tokens = 0  # of these, tokens not yet prefilled
         self.num_kv_tokens = 0  # prompt tokens of these requests
         self.load = 0.0
+
+    def has_room(self, num_tokens: int) -> bool:
+        """True where a request with so many tokens to prefill may be sent; an idle one takes any."""
+        return not self.num_prefill_tokens or self.num_prefill_tokens + num_tokens <= self.dispatch_tokens_max
 
     def add(self, *, num_requests: int = 0, num_prefill_tokens: int = 0, num_kv_tokens: int = 0) -> None:
         """Change the counts and the load that follows from them.

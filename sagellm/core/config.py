@@ -70,9 +70,10 @@ class ControlPlaneConfig:
     strategy: str = "fifo"
     routing: str = "least_loaded"
     queue_max: int = 100_000  # requests; beyond it arrivals are rejected
-    dispatch_tokens_max: int = 16_384
+    dispatch_tokens_max: int = 0
     """Prompt tokens that an instance may hold not yet prefilled before the rest waits here, in the
-    strategy's order. One request is always let through."""
+    strategy's order. One request is always let through. 0: as many as four of its steps compute, so
+    that two steps in flight and the next one find work, and little is out of the strategy's hands."""
     handover_start: HandoverStart = HandoverStart.AT_END
     disaggregate_min_tokens: int = 0
     """A request whose uncached prompt is shorter is prefilled where it decodes."""

@@ -17,7 +17,7 @@ from sagellm.core.identity import InstanceId
 from sagellm.core.messages import Effect, Event
 
 LOG_SCHEMA = 1
-_RECORDS_AT_ONCE = 512
+_RECORDS_AT_ONCE = 64  # few enough that they are still in the processor's cache
 
 
 class LogError(ValueError):

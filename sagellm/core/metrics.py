@@ -14,6 +14,8 @@ from itertools import repeat
 from operator import sub
 from typing import Any
 
+import numpy as np
+
 from sagellm.core.identity import InstanceId, RequestId, TransferId
 from sagellm.core.messages import (
     AssignRequest,
@@ -35,6 +37,23 @@ from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics
 
 _LAUNCH_COLUMNS = 6
 _RETURN_COLUMNS = 2
+_PENDING_MAX = 1 << 16
+
+
+class _Integers:
+    """A long column of integers: appended to as a list, kept as an array of eight bytes each."""
+
+    __slots__ = ("pending", "settled")
+
+    def __init__(self) -> None:
+        self.pending: list[int] = []
+        self.settled: array[int] = array("q")
+
+    def settle(self) -> array[int]:
+        """Move what is pending over to the array, at C speed, and give it."""
+        self.settled.frombytes(np.array(self.pending, dtype=np.int64).tobytes())
+        self.pending.clear()
+        return self.settled
 
 
 @dataclass(slots=True)
@@ -55,8 +74,10 @@ class MetricsFold:
         self.metrics = RunMetrics()
         self._lockstep: dict[InstanceId, _Lockstep] = {}
         self._transfers: dict[TransferId, TransferRecord] = {}
-        self._launches: dict[InstanceId, array[int]] = {}  # a row of `_LAUNCH_COLUMNS` for each step
-        self._returns: dict[InstanceId, array[int]] = {}  # end and repetitions of each step
+        self._launches: dict[InstanceId, _Integers] = {}  # a row of `_LAUNCH_COLUMNS` for each step
+        self._returns: dict[InstanceId, _Integers] = {}  # end and repetitions of each step
+        self._itl_ns = _Integers()
+        self._itl_count = _Integers()
         self._num_progressed: dict[InstanceId, int] = {}  # repetitions that the step in flight told of
         self._queued: dict[RequestId, None] = {}
         # What `observe` calls for each kind of record; kinds that are not in it do not matter here.
@@ -122,9 +143,9 @@ class MetricsFold:
         metrics.num_preemptions += len(plan.preempted_request_ids)
         rows = self._launches.get(effect.instance_id)
         if rows is None:
-            rows = self._launches[effect.instance_id] = array("q")
-            self._returns[effect.instance_id] = array("q")
-        rows.extend(
+            rows = self._launches[effect.instance_id] = _Integers()
+            self._returns[effect.instance_id] = _Integers()
+        rows.pending.extend(
             (
                 now_ns,
                 effect.num_running,
@@ -143,15 +164,17 @@ class MetricsFold:
         num_ends = len(event.ends_ns)
         self.metrics.num_steps += num_ends
         num_repeats = num_ends + self._num_progressed.pop(event.instance_id, 0)
-        self._returns[event.instance_id].extend((event.ends_ns[-1], num_repeats))
+        self._returns[event.instance_id].pending.extend((event.ends_ns[-1], num_repeats))
 
     def _step_failed(self, now_ns: int, event: StepFailed) -> None:
-        self._returns[event.instance_id].extend((now_ns, self._num_progressed.pop(event.instance_id, 0)))
+        self._returns[event.instance_id].pending.extend((now_ns, self._num_progressed.pop(event.instance_id, 0)))
 
     def result(self) -> RunMetrics:
         """The metrics so far, with the timelines in columns."""
-        for instance_id, rows in self._launches.items():
-            ends = self._returns[instance_id]
+        self.metrics.itl_ns = self._itl_ns.settle()
+        self.metrics.itl_count = self._itl_count.settle()
+        for instance_id, launches in self._launches.items():
+            rows, ends = launches.settle(), self._returns[instance_id].settle()
             launched = (rows[i::_LAUNCH_COLUMNS] for i in range(_LAUNCH_COLUMNS))
             returned = (ends[i::_RETURN_COLUMNS] for i in range(_RETURN_COLUMNS))
             self.metrics.timelines[instance_id] = InstanceTimeline(*launched, *returned)
@@ -165,13 +188,16 @@ class MetricsFold:
         num_in_lockstep = len(request_ids)
         if request_ids is not lockstep.request_ids:
             num_in_lockstep -= self._change_lockstep(lockstep, effect)
-        metrics = self.metrics
+        gaps_ns, counts = self._itl_ns.pending, self._itl_count.pending
         if num_in_lockstep:
-            metrics.itl_ns.append(ends_ns[0] - lockstep.last_ns)
-            metrics.itl_count.append(num_in_lockstep)
+            gaps_ns.append(ends_ns[0] - lockstep.last_ns)
+            counts.append(num_in_lockstep)
         if len(ends_ns) > 1:
-            metrics.itl_ns.extend(map(sub, ends_ns[1:], ends_ns))
-            metrics.itl_count.extend(repeat(len(request_ids), len(ends_ns) - 1))
+            gaps_ns.extend(map(sub, ends_ns[1:], ends_ns))
+            counts.extend(repeat(len(request_ids), len(ends_ns) - 1))
+            if len(gaps_ns) > _PENDING_MAX:
+                self._itl_ns.settle()
+                self._itl_count.settle()
         lockstep.last_ns = ends_ns[-1]
         lockstep.num_tokens += len(ends_ns)
 
@@ -197,8 +223,8 @@ class MetricsFold:
             if record.first_token_ns is None:
                 record.first_token_ns = first_ns
             else:
-                metrics.itl_ns.append(first_ns - self._last_token_ns(request_id, record))
-                metrics.itl_count.append(1)
+                self._itl_ns.pending.append(first_ns - self._last_token_ns(request_id, record))
+                self._itl_count.pending.append(1)
             record.decode_instance = effect.instance_id
         lockstep.request_ids, lockstep.members = effect.request_ids, members
         return num_joined

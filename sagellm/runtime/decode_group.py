@@ -118,14 +118,14 @@ class DecodeGroup:
         Blocks for step ``clock`` itself are already there.
         """
         num_members = len(self.members)
-        # Each member needs one block in every block_size steps.
-        num_safe = (num_blocks_available // num_members) * self.block_size + 1 if num_members else repeat_max
-        if num_safe >= repeat_max:
+        if not num_members:
             return repeat_max
-        num_left, repeats = num_blocks_available, 1
+        # In block_size steps each member needs exactly one block, so whole rounds can be skipped.
+        num_rounds, num_left = divmod(num_blocks_available, num_members)
+        repeats = num_rounds * self.block_size + 1
         while repeats < repeat_max:
             num_left -= len(self.growing(clock + repeats))
             if num_left < 0:
-                break
+                return repeats
             repeats += 1
-        return repeats
+        return repeat_max

@@ -10,8 +10,7 @@ k steps in one jump end exactly where k single steps do.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import accumulate, repeat
+from collections.abc import Callable
 from math import isqrt
 
 from sagellm.core.messages import RunStep, StepFailed, StepFinished, StepProgressed
@@ -24,9 +23,14 @@ StepReport = StepFinished | StepProgressed | StepFailed
 
 
 class _Launched:
-    """One ``RunStep`` on the device. Repetition i (from 1) ends at `end_fs`."""
+    """One ``RunStep`` on the device.
+
+    Times are femtoseconds after ``base_ns``, the whole nanosecond before the start, which keeps them
+    small. Repetition i (from 1) ends at `end_fs`.
+    """
 
     __slots__ = (
+        "base_ns",
         "behind_ns",
         "gap_fs",
         "generation",
@@ -34,8 +38,8 @@ class _Launched:
         "is_open",
         "num_reported",
         "num_to_run",
+        "offset_fs",
         "period_fs",
-        "start_fs",
         "step",
     )
 
@@ -43,7 +47,8 @@ class _Launched:
         self, step: RunStep, start_fs: int, device_fs: int, growth_fs: int, gap_fs: int, behind_ns: int
     ) -> None:
         self.step = step
-        self.start_fs = start_fs
+        self.base_ns = start_fs // _FS_PER_NS
+        self.offset_fs = start_fs - self.base_ns * _FS_PER_NS - gap_fs
         self.period_fs = device_fs + gap_fs
         self.growth_fs = growth_fs
         self.gap_fs = gap_fs  # what the host takes between repetitions, where it does not hide
@@ -53,19 +58,22 @@ class _Launched:
         self.is_open = False  # more repetitions may follow than are committed
         self.generation = 0  # reports that were scheduled before the latest change are void
 
-    def end_fs(self, repetition: int) -> int:
-        if repetition == 1:
-            return self.start_fs - self.gap_fs + self.period_fs
-        return (
-            self.start_fs
-            - self.gap_fs
-            + repetition * self.period_fs
-            + self.growth_fs * (repetition * (repetition - 1) // 2)
-        )
+    def _after_base_fs(self, repetition: int) -> int:
+        linear_fs = self.offset_fs + repetition * self.period_fs
+        return linear_fs + self.growth_fs * (repetition * (repetition - 1) // 2)
 
-    def first_end_after(self, time_fs: int) -> int:
-        """The first repetition, 1 at least, that ends later than ``time_fs``."""
-        work_fs = time_fs - self.start_fs + self.gap_fs
+    def end_fs(self, repetition: int) -> int:
+        """When a repetition ends, in femtoseconds of the run."""
+        return self.base_ns * _FS_PER_NS + self._after_base_fs(repetition)
+
+    def end_ns(self, repetition: int) -> int:
+        """The nanosecond in which a repetition is over."""
+        return self.base_ns + (self._after_base_fs(repetition) + _FS_PER_NS - 1) // _FS_PER_NS
+
+    def first_end_from(self, now_ns: int) -> int:
+        """The first repetition, 1 at least, that is over at ``now_ns`` or later."""
+        # Over at now_ns or later means: ended after now_ns - 1.
+        work_fs = (now_ns - 1 - self.base_ns) * _FS_PER_NS - self.offset_fs
         if work_fs < self.period_fs:
             return 1
         if self.growth_fs:
@@ -75,25 +83,24 @@ class _Launched:
             repetition = max(1, (root - linear) // (2 * self.growth_fs))
         else:
             repetition = max(1, work_fs // self.period_fs)
-        while self.end_fs(repetition) <= time_fs:
+        while self.end_ns(repetition) < now_ns:
             repetition += 1
         return repetition
 
     def take_ends_ns(self, up_to: int) -> tuple[int, ...]:
         """When the repetitions not yet reported ended, up to and with ``up_to``."""
         first, self.num_reported = self.num_reported + 1, up_to
-        num_ends = up_to - first + 1
-        if num_ends == 0:
+        if up_to < first:
             return ()
-        if num_ends == 1:
-            return (-(-self.end_fs(first) // _FS_PER_NS),)
-        end_fs, growth_fs = self.end_fs(first), self.growth_fs
+        base_ns, growth_fs = self.base_ns, self.growth_fs
+        end_fs = self._after_base_fs(first) + _FS_PER_NS - 1
         next_fs = self.period_fs + growth_fs * first
-        if growth_fs:
-            gaps_fs: Iterable[int] = range(next_fs, next_fs + growth_fs * (num_ends - 1), growth_fs)
-        else:
-            gaps_fs = repeat(next_fs, num_ends - 1)
-        return tuple([-(-end_fs // _FS_PER_NS) for end_fs in accumulate(gaps_fs, initial=end_fs)])
+        ends_ns = []
+        for _ in range(up_to - first + 1):
+            ends_ns.append(base_ns + end_fs // _FS_PER_NS)
+            end_fs += next_fs
+            next_fs += growth_fs
+        return tuple(ends_ns)
 
 
 class SimDevice:
@@ -144,7 +151,7 @@ class SimDevice:
             # Where the host is the slower one, every step must be looked at by itself.
             self._progress_at(launched, 0, max(behind_ns, now_ns))
         else:
-            self._progress_at(launched, num_max - 1, _to_ns(launched.end_fs(num_max - 1)))
+            self._progress_at(launched, num_max - 1, launched.end_ns(num_max - 1))
         launched.is_open = step.repeat_max > 1
 
     def interrupt(self, now_ns: int) -> None:
@@ -155,12 +162,12 @@ class SimDevice:
         if not self._is_synchronous and launched.behind_ns >= now_ns:
             self._progress_at(launched, 0, launched.behind_ns)
             return
-        num_done = launched.first_end_after((now_ns - 1) * _FS_PER_NS)
+        num_done = launched.first_end_from(now_ns)
         if self._is_synchronous:
             if num_done < launched.num_to_run:
                 self._finish_at(launched, num_done)
         elif num_done < launched.num_to_run - 1:
-            self._progress_at(launched, num_done, _to_ns(launched.end_fs(num_done)))
+            self._progress_at(launched, num_done, launched.end_ns(num_done))
 
     def fail_next(self, now_ns: int) -> None:
         """The execution under way ends well; the first to start after it fails at its end."""
@@ -178,7 +185,7 @@ class SimDevice:
         report = None
         if self._launched and self._launched[0].is_open:
             launched = self._launched[0]
-            num_done = launched.first_end_after(now_ns * _FS_PER_NS) - 1
+            num_done = launched.first_end_from(now_ns + 1) - 1
             if num_done > launched.num_reported:
                 ends_ns = launched.take_ends_ns(num_done)
                 report = StepProgressed(launched.step.instance_id, launched.step.step_id, ends_ns)

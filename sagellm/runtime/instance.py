@@ -385,7 +385,7 @@ class Instance:
     def _decode_here(self, request: LocalRequest) -> None:
         """The request stays: a prefilled one decodes on, an earlier one is no longer handed over."""
         request.hand_over = False
-        if request.state is RequestState.HANDING_OVER:
+        if request.state is RequestState.HANDING_OVER and request not in self._scheduler.staying:
             self._scheduler.staying.append(request)
 
     def _keep_unreserved(self) -> bool:

@@ -4,12 +4,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+SOURCES = $(shell find sagellm sim -name '*.py' 2>/dev/null)
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .PHONY: demo test lint clean
 
+# Chat at a load at which the clusters differ: 80 requests/s on four cards.
 demo: $(VENV)/.core-installed
-	$(BIN)/sagellm replay --report report.html
+	$(BIN)/sagellm replay azure-conv --rate 80 --limit 6000 --slo ttft=500ms,tpot=15ms \
+		--cluster h200x4-colocated --cluster h200x4-pd --cluster h200x4-pd-3p1d --report report.html
 	@echo "The charts are in report.html"
 
 test: $(VENV)/.dev-installed
@@ -22,7 +25,8 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) report.html
+	rm -rf $(VENV) report.html .compiled-sources.sha256 *__mypyc*.so
+	find sagellm sim -name '*.so' -delete
 
 # Some systems ship Python without the means to put pip into an environment; the system's own pip does it then.
 $(BIN)/python:
@@ -30,10 +34,11 @@ $(BIN)/python:
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --quiet --python $(BIN)/python install pip; }
 
-$(VENV)/.core-installed: pyproject.toml | $(BIN)/python
+# Hot modules are compiled when the package is installed (hatch_build.py), so it is installed again when they change.
+$(VENV)/.core-installed: pyproject.toml hatch_build.py $(SOURCES) | $(BIN)/python
 	$(PIP) install --editable .
 	touch $@
 
-$(VENV)/.dev-installed: pyproject.toml | $(BIN)/python
+$(VENV)/.dev-installed: pyproject.toml hatch_build.py $(SOURCES) | $(BIN)/python
 	$(PIP) install --editable '.[dev]'
 	touch $@

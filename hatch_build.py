@@ -16,15 +16,13 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 STAMP = Path(".compiled-sources.sha256")
-"""Beside modules compiled in place: the hash of what they were compiled from."""
+"""Beside modules compiled in place: what they were compiled from, as ``sha256sum`` writes and checks it."""
 
 
-def sources_sha256(root: Path, modules: list[str]) -> str:
-    """One hash for the sources of all compiled modules and the Python that they were compiled for."""
-    digest = hashlib.sha256(sys.version.encode())
-    for module in modules:
-        digest.update((root / module).read_bytes())
-    return digest.hexdigest()
+def stamp_text(root: Path, modules: list[str]) -> str:
+    """A line for each compiled module's source, after one for the Python that they were compiled for."""
+    lines = [f"{hashlib.sha256((root / module).read_bytes()).hexdigest()}  {module}\n" for module in modules]
+    return "".join((f"# {sys.version.splitlines()[0]}\n", *lines))
 
 
 class CompileHotModules(BuildHookInterface):  # type: ignore[type-arg]
@@ -49,7 +47,7 @@ class CompileHotModules(BuildHookInterface):  # type: ignore[type-arg]
             if in_place:
                 for path in compiled:
                     shutil.copy2(path, root / path.relative_to(Path(work) / "lib"))
-                (root / STAMP).write_text(sources_sha256(root, modules))
+                (root / STAMP).write_text(stamp_text(root, modules))
                 return
             kept = Path(self.directory) / "compiled"
             shutil.rmtree(kept, ignore_errors=True)
@@ -66,7 +64,7 @@ def _suffix() -> str:
 
 def _is_compiled(root: Path, modules: list[str]) -> bool:
     stamp = root / STAMP
-    if not stamp.is_file() or stamp.read_text() != sources_sha256(root, modules):
+    if not stamp.is_file() or stamp.read_text() != stamp_text(root, modules):
         return False
     return all((root / module).with_suffix(_suffix()).is_file() for module in modules)
 

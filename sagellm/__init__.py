@@ -13,7 +13,6 @@ _LOADED_ON_FIRST_USE = {
     "backends": "backends",
     "runtime": "sagellm.runtime",
     "control_plane": "sagellm.control_plane",
-    "third_party_engines": "sagellm.third_party_engines",
 }
 
 

@@ -16,7 +16,7 @@ from sagellm.commands.user_error import EXIT_CODE
 
 EPILOG = """\b
 Start here:
-  sagellm replay                           a made-up hour of chat, two clusters side by side
+  sagellm replay                           2,000 made-up chat requests, two clusters side by side
   sagellm replay --report report.html      the same, with pictures
   sagellm clusters show h200x4-pd          a cluster file to start your own from
   sagellm traces list                      workloads that can be generated

@@ -34,7 +34,9 @@ class RequestRecord:
     @property
     def e2el_ns(self) -> int | None:
         """Last token time minus arrival; None unless the request ended with stop or length."""
-        if self.last_token_ns is None or self.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        if self.finish_reason is not FinishReason.LENGTH and self.finish_reason is not FinishReason.STOP:
+            return None
+        if self.last_token_ns is None:
             return None
         return self.last_token_ns - self.request.arrival_ns
 

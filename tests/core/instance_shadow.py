@@ -191,7 +191,7 @@ class InstanceShadow:
                 case TransferKV():
                     self._transfer_started(effect)
                 case CancelTransfer(transfer_id=transfer_id):
-                    assert transfer_id in self.transfers, "a transfer is cancelled that is over"
+                    assert transfer_id in self.used_transfers, "a transfer is cancelled that never began"
                 case KVReserved():
                     self._reserved(effect)
                 case ReleaseKV():

@@ -4,8 +4,9 @@ import os
 from collections import Counter
 
 import hypothesis.strategies as st
+from chosen_events import ChosenEvents, happens
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, run_state_machine_as_test
 from instance_shadow import Incoming, InstanceShadow, Outgoing, ShadowRequest
 
 from sagellm.core.config import InstanceConfig
@@ -28,7 +29,7 @@ from sagellm.core.messages import (
 from sagellm.core.request import RequestSpec
 from sagellm.runtime.instance import Instance
 
-NUM_EXAMPLES = int(os.environ.get("SAGELLM_EXAMPLES", "60"))
+NUM_EXAMPLES = int(os.environ.get("SAGELLM_EXAMPLES", "45"))
 ME, PEER = InstanceId("me"), InstanceId("peer")
 STOP_TOKEN = 2
 SEEN: Counter[str] = Counter()  # what occurred in any example, to be sure that the rules reach it
@@ -51,7 +52,7 @@ CONFIGS = st.builds(
 )
 
 
-class InstanceMachine(RuleBasedStateMachine):
+class InstanceMachine(ChosenEvents):
     """The world around one instance: control plane, peers, device and network, all of them erratic."""
 
     @initialize(config=CONFIGS, real_tokens=st.booleans())
@@ -128,7 +129,7 @@ class InstanceMachine(RuleBasedStateMachine):
 
     # --- the control plane -------------------------------------------------------------------------
 
-    @rule(data=st.data(), hand_over=st.booleans())
+    @happens(5, data=st.data(), hand_over=st.booleans())
     def assign(self, data: st.DataObject, hand_over: bool) -> None:
         spec = self.spec(data)
         num_output = self.output_before(spec, data, spec.max_output_tokens - 1)
@@ -137,8 +138,7 @@ class InstanceMachine(RuleBasedStateMachine):
         )
         self.give(AssignRequest(ME, spec, hand_over, num_output, self.output_ids(num_output)))
 
-    @precondition(lambda self: self.shadow.requests)
-    @rule(data=st.data())
+    @happens(1, when=lambda self: self.shadow.requests, data=st.data())
     def abort(self, data: st.DataObject) -> None:
         """Of any request that ever was here, but for those that only have a reservation."""
         known = [r for r in self.shadow.requests.values() if r.spec.request_id not in self.shadow.incoming]
@@ -147,8 +147,7 @@ class InstanceMachine(RuleBasedStateMachine):
             request.aborted = True
             self.give(AbortRequest(ME, request.spec.request_id))
 
-    @precondition(lambda self: self.here(hand_over=True))
-    @rule(data=st.data())
+    @happens(1, when=lambda self: self.here(hand_over=True), data=st.data())
     def decode_here(self, data: st.DataObject) -> None:
         request = self.pick(self.here(hand_over=True), data)
         request.hand_over = False
@@ -156,7 +155,7 @@ class InstanceMachine(RuleBasedStateMachine):
 
     # --- a peer hands over to this instance -------------------------------------------------------------
 
-    @rule(data=st.data())
+    @happens(3, data=st.data())
     def reserve(self, data: st.DataObject) -> None:
         spec = self.spec(data)
         if spec.max_output_tokens < 2:
@@ -171,8 +170,7 @@ class InstanceMachine(RuleBasedStateMachine):
         self.shadow.incoming[spec.request_id] = Incoming(spec, attempt, num_output)
         self.give(ReserveKV(ME, spec, PEER, attempt, num_output))
 
-    @precondition(lambda self: self.shadow.incoming)
-    @rule(data=st.data(), again=st.booleans())
+    @happens(when=lambda self: self.shadow.incoming, data=st.data(), again=st.booleans())
     def release(self, data: st.DataObject, again: bool) -> None:
         """The peer gives a hand-over up; the control plane may start it anew."""
         incoming = self.pick(list(self.shadow.incoming.values()), data)
@@ -184,14 +182,12 @@ class InstanceMachine(RuleBasedStateMachine):
         if again:
             self.reserve_for(incoming.spec, incoming.num_output_tokens, incoming.attempt + 1)
 
-    @precondition(lambda self: self.shadow.requests)
-    @rule(data=st.data())
+    @happens(1, when=lambda self: self.shadow.requests, data=st.data())
     def release_of_an_older_attempt(self, data: st.DataObject) -> None:
         request = self.pick(list(self.shadow.requests.values()), data)
         self.give(ReleaseKV(ME, request.spec.request_id, request.attempt - 1))
 
-    @precondition(lambda self: any(i.answer for i in self.shadow.incoming.values()))
-    @rule(data=st.data())
+    @happens(4, when=lambda self: any(i.answer for i in self.shadow.incoming.values()), data=st.data())
     def handed_over(self, data: st.DataObject) -> None:
         incoming = self.pick([i for i in self.shadow.incoming.values() if i.answer], data)
         self.finish_incoming(incoming)
@@ -213,8 +209,7 @@ class InstanceMachine(RuleBasedStateMachine):
 
     # --- this instance hands over to a peer --------------------------------------------------------------
 
-    @precondition(lambda self: self.here(hand_over=True))
-    @rule(data=st.data(), skips=st.integers(1, 2))
+    @happens(3, when=lambda self: self.here(hand_over=True), data=st.data(), skips=st.integers(1, 2))
     def peer_reserved(self, data: st.DataObject, skips: int) -> None:
         """First or anew: after a failure, or because the former target was lost."""
         request = self.pick(self.here(hand_over=True), data)
@@ -235,7 +230,7 @@ class InstanceMachine(RuleBasedStateMachine):
         self.shadow.outgoing[spec.request_id, attempt] = Outgoing(answer)
         self.give(answer)
 
-    @rule(data=st.data())
+    @happens(3, data=st.data())
     def assign_with_a_peer_at_hand(self, data: st.DataObject) -> None:
         """As with hand-overs that are streamed: the decode instance is chosen on arrival."""
         spec = self.spec(data)
@@ -244,8 +239,7 @@ class InstanceMachine(RuleBasedStateMachine):
         if spec.max_output_tokens > 1 and self.shadow.requests[spec.request_id].is_here:
             self.peer_answers(self.shadow.requests[spec.request_id], 1, data.draw(st.integers(0, 3)))
 
-    @precondition(lambda self: self.shadow.requests)
-    @rule(data=st.data())
+    @happens(1, when=lambda self: self.shadow.requests, data=st.data())
     def stale_peer_reserved(self, data: st.DataObject) -> None:
         """An answer to an attempt that a newer one has replaced, or for a request that is gone."""
         request = self.pick(list(self.shadow.requests.values()), data)
@@ -257,12 +251,13 @@ class InstanceMachine(RuleBasedStateMachine):
             return
         request.attempt = max(request.attempt, attempt)
         self.num_polls_skipped = 0
+        newer = self.shadow.outgoing.get((request.spec.request_id, request.attempt))
+        is_replaced = newer is not None and not newer.closed
         self.peer_answers(request, attempt, 0)
-        if request.is_here and not self.shadow.steps:
+        if is_replaced and newer is not None and not newer.closed and not self.shadow.steps:
             assert self.shadow.outgoing[key].closed, "a stale reservation is kept"
 
-    @precondition(lambda self: self.shadow.transfers)
-    @rule(data=st.data(), well=st.booleans())
+    @happens(4, when=lambda self: self.shadow.transfers, data=st.data(), well=st.booleans())
     def transfer_closed(self, data: st.DataObject, well: bool) -> None:
         self.close_transfer(data.draw(st.integers(0, len(self.shadow.transfers) - 1)), well=well)
 
@@ -272,8 +267,7 @@ class InstanceMachine(RuleBasedStateMachine):
         SEEN["transfers"] += 1
         self.give(KVTransferred(transfer_id) if well else KVTransferFailed(transfer_id, "broken"))
 
-    @precondition(lambda self: self.shadow.used_transfers)
-    @rule(data=st.data(), well=st.booleans())
+    @happens(1, when=lambda self: self.shadow.used_transfers, data=st.data(), well=st.booleans())
     def transfer_closed_again(self, data: st.DataObject, well: bool) -> None:
         """F9: a duplicate changes nothing."""
         closed = sorted(self.shadow.used_transfers - self.shadow.transfers.keys())
@@ -300,8 +294,7 @@ class InstanceMachine(RuleBasedStateMachine):
         self.shadow.given.setdefault(step.step_id, []).append((ends_ns, tokens))
         return ends_ns, tuple(tokens[r] for r in sampled) if self.real_tokens else None
 
-    @precondition(lambda self: self.shadow.steps)
-    @rule(data=st.data())
+    @happens(10, when=lambda self: self.shadow.steps, data=st.data())
     def step_finished(self, data: st.DataObject) -> None:
         record = self.shadow.steps[0]
         num_max = 1 if record.progressed else min(record.step.repeat_max, 40)
@@ -317,8 +310,7 @@ class InstanceMachine(RuleBasedStateMachine):
         SEEN["repeated"] += num_ends > 1
         self.give(StepFinished(ME, step_id, ends_ns, token_ids))  # type: ignore[arg-type]
 
-    @precondition(lambda self: self.shadow.steps)
-    @rule(data=st.data(), num_steps=st.integers(2, 12))
+    @happens(3, when=lambda self: self.shadow.steps, data=st.data(), num_steps=st.integers(2, 12))
     def steps_go_well(self, data: st.DataObject, num_steps: int) -> None:
         """A while without faults, in which repeated steps are repeated as often as they may be."""
         for _ in range(num_steps):
@@ -329,8 +321,7 @@ class InstanceMachine(RuleBasedStateMachine):
             num_max = min(record.step.repeat_max, 40) if is_alone else 1
             self.finish_step(num_max, data if self.real_tokens and num_max > 1 else None)
 
-    @precondition(lambda self: len(self.shadow.steps) == 1 and self.can_progress())
-    @rule(data=st.data())
+    @happens(8, when=lambda self: len(self.shadow.steps) == 1 and self.can_progress(), data=st.data())
     def step_progressed(self, data: st.DataObject) -> None:
         record = self.shadow.steps[0]
         num_ends = data.draw(st.integers(0, min(record.step.repeat_max, 40) - 1))
@@ -343,8 +334,7 @@ class InstanceMachine(RuleBasedStateMachine):
         record = self.shadow.steps[0]
         return not record.progressed and record.step.repeat_max > 1
 
-    @precondition(lambda self: self.shadow.steps)
-    @rule()
+    @happens(1, when=lambda self: self.shadow.steps)
     def step_failed(self) -> None:
         self.now_ns += 1
         step_id = self.shadow.steps[0].step.step_id
@@ -354,7 +344,7 @@ class InstanceMachine(RuleBasedStateMachine):
 
     # --- time --------------------------------------------------------------------------------------------
 
-    @rule()
+    @happens(1)
     def deadline_passes(self) -> None:
         deadline_ns = self.machine.deadline_ns()
         if deadline_ns is not None:
@@ -362,7 +352,7 @@ class InstanceMachine(RuleBasedStateMachine):
             SEEN["deadline"] += 1
             self.poll()
 
-    @rule(num_events=st.integers(1, 3))
+    @happens(1, num_events=st.integers(1, 3))
     def several_events_in_one_instant(self, num_events: int) -> None:
         self.num_polls_skipped = num_events
 
@@ -411,7 +401,7 @@ def test_any_legal_order_of_events() -> None:
         InstanceMachine,
         settings=settings(
             max_examples=NUM_EXAMPLES,
-            stateful_step_count=60,
+            stateful_step_count=100,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),

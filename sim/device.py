@@ -173,7 +173,8 @@ class SimDevice:
         """The execution under way ends well; the first to start after it fails at its end."""
         self.interrupt(now_ns)
         is_boundary = _to_ns(self._last_end_fs) == now_ns
-        self._ends_to_failure = 1 if self._launched and not is_boundary else 0
+        if self._ends_to_failure < 0:
+            self._ends_to_failure = 1 if self._launched and not is_boundary else 0
 
     def slow_down(self, slowdown: int, now_ns: int) -> None:
         """Steps launched from now on take so many times as long."""

@@ -194,11 +194,12 @@ class Recording:
         self.tokens: dict[RequestId, list[int]] = {}
         self.decisions: list[tuple[int, str]] = []
         self.counts: Counter[str] = Counter()
-        self.records: list[tuple[int, InstanceId, Event | Effect]] = []
+        self.events: list[tuple[int, InstanceId, Event]] = []
+        self.effects: list[tuple[int, InstanceId, Effect]] = []
         self.driver: SimDriver
 
     def event(self, now_ns: int, machine: InstanceId, event: Event) -> None:
-        self.records.append((now_ns, machine, event))
+        self.events.append((now_ns, machine, event))
         self.counts[type(event).__name__] += 1
         match event:
             case StepFinished(ends_ns=ends_ns) | StepProgressed(ends_ns=ends_ns):
@@ -211,7 +212,7 @@ class Recording:
 
     def polled(self, now_ns: int, machine: InstanceId, effects: tuple[Effect, ...]) -> None:
         for effect in effects:
-            self.records.append((now_ns, machine, effect))
+            self.effects.append((now_ns, machine, effect))
             self.counts[f"-> {type(effect).__name__}"] += 1
             match effect:
                 case EmitTokens():

@@ -8,7 +8,6 @@ from sagellm.core.config import Role
 from sagellm.core.identity import InstanceId
 from sagellm.core.messages import InstanceJoined
 
-
 DISPATCH_STEPS = 4
 """Two steps in flight, one being planned, and one on its way to the instance."""
 

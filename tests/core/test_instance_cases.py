@@ -43,12 +43,16 @@ class Bench:
         self.machine = Instance(InstanceConfig(ME, **settings))  # type: ignore[arg-type]
         self.now_ns = 0
         self.effects: list[InstanceEffect] = []
+        self.open_steps: list[StepId] = []
 
     def give(self, *events: InstanceEvent) -> list[InstanceEffect]:
         """All of one instant."""
         for event in events:
             self.machine.handle(event, self.now_ns)
+            if isinstance(event, StepFinished | StepFailed):
+                self.open_steps.remove(event.step_id)
         effects = list(self.machine.poll(self.now_ns))
+        self.open_steps += [effect.step_id for effect in effects if isinstance(effect, RunStep)]
         self.machine.check()
         self.effects += effects
         return effects
@@ -61,11 +65,11 @@ class Bench:
 
     @property
     def step_id(self) -> StepId:
-        return self.machine._in_flight[0].step_id
+        return self.open_steps[0]
 
     def run_to_the_end(self, num_steps_max: int = 1000) -> None:
         for _ in range(num_steps_max):
-            if not self.machine._in_flight:
+            if not self.open_steps:
                 return
             self.finish()
         raise AssertionError("it never ends")

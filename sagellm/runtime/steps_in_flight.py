@@ -1,0 +1,120 @@
+"""The steps of one instance that are on its device, and the clock of what came back.
+
+Two clocks count executions of steps: the scheduler's ``planned_clock`` those that are committed to the
+device, ``done_clock`` here those that came back. Between polls they differ by what is in flight.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from sagellm.core.identity import RequestId, StepId
+from sagellm.core.messages import StepFailed, StepFinished, StepProgressed
+from sagellm.core.plan import StepPlan
+from sagellm.runtime.output_tokens import TokenIds
+from sagellm.runtime.scheduler.step_scheduler import StepScheduler
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    """A step from its launch to its end."""
+
+    step_id: StepId
+    plan: StepPlan
+    num_committed: int = 1  # executions that the device has run or is about to
+    num_returned: int = 0
+    repeats: bool = False  # more executions may be committed
+    void: bool = False  # an earlier step failed, so what this one gives means nothing
+    muted: dict[RequestId, None] | None = None  # requests that left since the step was planned
+
+
+@dataclass(slots=True)
+class Return:
+    """Executions of a step that came back, with the clock as of then."""
+
+    step: StepInFlight
+    ends_ns: tuple[int, ...]
+    token_ids: TokenIds
+    done_clock: int
+
+
+class StepsInFlight:
+    """In the order of launch, which is the order in which they come back."""
+
+    def __init__(self, scheduler: StepScheduler, steps_in_flight_max: int) -> None:
+        self._scheduler = scheduler
+        self._num_max = steps_in_flight_max
+        self._steps: deque[StepInFlight] = deque()
+        self._next_step = 0
+        self.done_clock = 0
+        self.returned: list[Return] = []
+        self.failed: list[tuple[StepInFlight, int]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    @property
+    def num_free(self) -> int:
+        """Steps that can be launched now. One that may still be repeated leaves no room for another."""
+        steps = self._steps
+        num_free = self._num_max - len(steps)
+        return 0 if num_free and steps and steps[-1].repeats else num_free
+
+    @property
+    def is_void(self) -> bool:
+        """True while steps are to come back that were planned on top of one that failed."""
+        return bool(self._steps) and self._steps[0].void
+
+    def launch(self, plan: StepPlan, repeat_max: int) -> StepId:
+        step_id = StepId(self._next_step)
+        self._next_step += 1
+        self._steps.append(StepInFlight(step_id, plan, repeats=repeat_max > 1))
+        return step_id
+
+    def mute(self, request_id: RequestId) -> None:
+        """Steps in flight that name the request no longer speak for it."""
+        for step in self._steps:
+            if step.muted is None:
+                step.muted = {}
+            step.muted[request_id] = None
+
+    def came_back(self, event: StepFinished | StepProgressed, *, closes: bool) -> None:
+        """Executions ended; unless the step closes, exactly one more is under way."""
+        step = self._steps[0]
+        assert step.step_id == event.step_id, f"step {event.step_id} came back before step {step.step_id}"
+        num_ends = len(event.ends_ns)
+        step.num_returned += num_ends
+        step.repeats = False
+        num_committed = step.num_returned if closes else step.num_returned + 1
+        if num_committed > step.num_committed:
+            self._scheduler.commit(num_committed - step.num_committed)
+            step.num_committed = num_committed
+        self.done_clock += num_ends
+        if closes:
+            self._steps.popleft()
+        if num_ends and not step.void:
+            self.returned.append(Return(step, event.ends_ns, event.token_ids, self.done_clock))
+
+    def failed_to_come_back(self, event: StepFailed) -> None:
+        """A step gave nothing, and so all that were planned on top of it mean nothing."""
+        step = self._steps.popleft()
+        assert step.step_id == event.step_id, f"step {event.step_id} failed before step {step.step_id} was back"
+        if not step.void:
+            self.failed.append((step, self.done_clock))
+        for later in self._steps:
+            later.void = True
+        self.done_clock += step.num_committed - step.num_returned
+
+    def take_returned(self) -> list[Return]:
+        """What came back since the last call, in order."""
+        returned, self.returned = self.returned, []
+        return returned
+
+    def take_failed(self) -> list[tuple[StepInFlight, int]]:
+        """Steps that failed since the last call, in order, each with the clock just before."""
+        failed, self.failed = self.failed, []
+        return failed
+
+    def check(self) -> None:
+        """Assert that the clocks differ by what is in flight (I9)."""
+        num_committed = sum(step.num_committed - step.num_returned for step in self._steps)
+        assert self._scheduler.planned_clock - self.done_clock == num_committed, "I9: clocks disagree with steps"

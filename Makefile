@@ -7,16 +7,22 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find sagellm sim -name '*.py' 2>/dev/null)
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test picture lint clean
 
 # Chat at a load at which the clusters differ: 80 requests/s on four cards.
+DEMO = azure-conv --rate 80 --limit 6000 --slo ttft=500ms,tpot=15ms \
+	--cluster h200x4-colocated --cluster h200x4-pd --cluster h200x4-pd-3p1d
+
 demo: $(VENV)/.core-installed
-	$(BIN)/sagellm replay azure-conv --rate 80 --limit 6000 --slo ttft=500ms,tpot=15ms \
-		--cluster h200x4-colocated --cluster h200x4-pd --cluster h200x4-pd-3p1d --report report.html
+	$(BIN)/sagellm replay $(DEMO) --report report.html
 	@echo "The charts are in report.html"
 
 test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -n auto
+
+# The README's picture of the demo; needs Chromium.
+picture: $(VENV)/.core-installed
+	VENV=$(VENV) docs/images/make.sh $(DEMO)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

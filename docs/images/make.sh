@@ -1,9 +1,9 @@
 #!/bin/sh
 # Draws replay.png: the top of the page that `make demo` writes.
 #
-#   docs/images/make.sh [arguments of `sagellm replay`]
+#   make picture
 #
-# Needs the virtual environment of `make demo`, and Chromium (another name or path: CHROMIUM=...).
+# The arguments are those of `sagellm replay`. Needs the virtual environment of `make demo`, and Chromium (another name or path: CHROMIUM=...).
 set -eu
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
@@ -20,7 +20,7 @@ if [ "$(id -u)" -eq 0 ]; then
   sandbox=--no-sandbox # Chromium does not start for root with it.
 fi
 "${CHROMIUM:-chromium}" --headless=new $sandbox --disable-gpu --hide-scrollbars --user-data-dir="$work/profile" \
-  --blink-settings=preferredColorScheme=1 --force-device-scale-factor=1.15 --window-size=1280,1437 \
+  --blink-settings=preferredColorScheme=1 --force-device-scale-factor=1.15 --window-size=1280,1490 \
   --screenshot="$work/replay.png" "file://$work/top.html" 2> "$work/chromium.log" || {
   cat "$work/chromium.log" >&2
   exit 1

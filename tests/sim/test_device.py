@@ -1,0 +1,181 @@
+"""The simulated device's arithmetic against stepping through every repetition."""
+
+from collections.abc import Callable
+from heapq import heappop, heappush
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from sagellm.core.identity import InstanceId, RequestId, StepId
+from sagellm.core.messages import RunStep, StepFailed, StepFinished, StepProgressed
+from sagellm.core.plan import StepPlan
+from sagellm.cost_model.step_cost import StepCost, StepFeatures
+from sim.device import SimDevice, StepReport, _Launched
+
+ME = InstanceId("me")
+COSTS = st.builds(
+    StepCost,
+    device_fs=st.integers(1_000_001, 5_000_000_000),  # a step of less than the clock can tell is none
+    device_growth_fs=st.sampled_from([0, 1, 999_999, 1_000_000, 123_456_789]),
+    host_fs=st.integers(0, 5_000_000_000),
+    linear_repeat_max=st.sampled_from([1 << 60, 1, 3]),
+)
+
+
+def step(step_id: int, repeat_max: int = 1) -> RunStep:
+    return RunStep(ME, StepId(step_id), StepPlan((RequestId("a"),), 1, (), ()), repeat_max)
+
+
+@given(
+    start_fs=st.integers(0, 10**15),
+    device_fs=st.integers(1_000_001, 10**10),
+    growth_fs=st.sampled_from([0, 1, 7, 10**6, 10**9]),
+    gap_fs=st.integers(0, 10**9),
+    repetition=st.integers(1, 300),
+    offset_ns=st.sampled_from([-1, 0, 1]),
+)
+def test_ends_and_their_inverse(
+    start_fs: int, device_fs: int, growth_fs: int, gap_fs: int, repetition: int, offset_ns: int
+) -> None:
+    launched = _Launched(step(0, 1000), start_fs, device_fs, growth_fs, gap_fs, -1)
+    naive: list[int] = []
+    now_fs = start_fs
+    for index in range(repetition + 3):
+        now_fs += device_fs + index * growth_fs + (gap_fs if index else 0)
+        naive.append(now_fs)
+    assert [launched.end_fs(i + 1) for i in range(len(naive))] == naive
+    ends_ns = [-(-end_fs // 1_000_000) for end_fs in naive]
+    assert [launched.end_ns(i + 1) for i in range(len(naive))] == ends_ns
+    now_ns = ends_ns[repetition - 1] + offset_ns
+    assert launched.first_end_from(now_ns) == next(i + 1 for i, end_ns in enumerate(ends_ns) if end_ns >= now_ns)
+    in_two_parts = launched.take_ends_ns(repetition // 2) + launched.take_ends_ns(repetition)
+    assert in_two_parts == tuple(ends_ns[:repetition])
+
+
+class OneCost:
+    """Every step costs the same, but for the growth since the first."""
+
+    status = "estimate"
+    request_overhead_ns = 0
+
+    def __init__(self, cost: StepCost) -> None:
+        self.cost = cost
+        self.num_before = 0  # repetitions that the next step follows
+
+    def step_cost(self, features: StepFeatures) -> StepCost:
+        grown_fs = self.cost.device_fs + self.num_before * self.cost.device_growth_fs
+        return self.cost._replace(device_fs=grown_fs)
+
+
+class Bench:
+    """A device that runs one decode batch for so many tokens, and a clock."""
+
+    def __init__(self, cost: StepCost, steps_in_flight_max: int, num_tokens: int, repeat_max: int) -> None:
+        self.cost = OneCost(cost)
+        self.depth, self.repeat_max = steps_in_flight_max, repeat_max
+        self.timers: list[tuple[int, int, Callable[[object], None]]] = []
+        self.now_ns = 0
+        self.ends_ns: list[int] = []
+        self.failed_ns: list[int] = []
+        self.num_left = num_tokens  # not yet committed
+        self.next_id = 0
+        self.in_flight: list[list[int]] = []  # of each step: repetitions committed, returned; may there be more
+        self.must_plan = True
+        self.device = SimDevice(self.cost, steps_in_flight_max, self._schedule, self._report)
+
+    def _schedule(self, at_ns: int, call: Callable[[object], None]) -> None:
+        assert at_ns >= self.now_ns, "a timer in the past"
+        self.next_id += 1
+        heappush(self.timers, (at_ns, self.next_id, call))
+
+    def _report(self, report: StepReport, at_ns: int) -> None:
+        assert at_ns == self.now_ns
+        self.must_plan = True
+        record = self.in_flight[0]
+        record[2] = 0
+        if isinstance(report, StepFailed):
+            self.in_flight.pop(0)
+            self.failed_ns.append(at_ns)
+            return
+        self.ends_ns += report.ends_ns
+        record[1] += len(report.ends_ns)
+        committed = record[1] + isinstance(report, StepProgressed)
+        self.num_left -= max(0, committed - record[0])
+        self.cost.num_before += max(0, committed - record[0])
+        record[0] = max(record[0], committed)
+        if isinstance(report, StepFinished):
+            self.in_flight.pop(0)
+
+    def _plan(self) -> None:
+        while self.num_left > 0 and len(self.in_flight) < self.depth and not any(r[2] for r in self.in_flight):
+            repeat_max = min(self.repeat_max, self.num_left)
+            self.next_id += 1
+            self.in_flight.append([1, 0, repeat_max > 1])
+            self.device.launch(step(self.next_id, repeat_max), self.now_ns)
+            self.num_left -= 1
+            self.cost.num_before += 1
+
+    def run(self, interrupts_ns: list[int]) -> list[int]:
+        for at_ns in interrupts_ns:
+            self._schedule(at_ns, lambda _, at_ns=at_ns: self.device.interrupt(at_ns))
+        self._plan()
+        while self.timers:
+            self.now_ns, _, call = heappop(self.timers)
+            call(None)
+            if self.must_plan and (not self.timers or self.timers[0][0] > self.now_ns):
+                self.must_plan = False
+                self._plan()
+        assert self.num_left == 0
+        return self.ends_ns
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    cost=COSTS,
+    depth=st.sampled_from([1, 2]),
+    num_tokens=st.integers(1, 40),
+    interrupts_us=st.lists(st.integers(0, 200_000), max_size=6),
+)
+def test_repeated_steps_end_when_single_ones_do(
+    cost: StepCost, depth: int, num_tokens: int, interrupts_us: list[int]
+) -> None:
+    """Whatever interrupts them, and wherever."""
+    interrupts_ns = sorted(us * 1000 for us in interrupts_us)
+    single = Bench(cost, depth, num_tokens, repeat_max=1).run([])
+    assert len(single) == num_tokens
+    assert Bench(cost, depth, num_tokens, repeat_max=1 << 30).run([]) == single
+    assert Bench(cost, depth, num_tokens, repeat_max=1 << 30).run(interrupts_ns) == single
+    # Interrupts at the very times at which repetitions end.
+    assert Bench(cost, depth, num_tokens, repeat_max=1 << 30).run(single[::3]) == single
+
+
+def test_the_host_hides_behind_the_device_only_with_two_steps_in_flight() -> None:
+    cost = StepCost(5_000_000, 0, 2_000_000)
+    assert Bench(cost, 2, 4, 1).run([]) == [7, 12, 17, 22]
+    assert Bench(cost, 1, 4, 1).run([]) == [7, 14, 21, 28]
+    slow_host = StepCost(2_000_000, 0, 5_000_000)
+    assert Bench(slow_host, 2, 4, 1).run([]) == [7, 12, 17, 22]
+    assert Bench(slow_host, 1, 4, 1).run([]) == [7, 14, 21, 28]
+
+
+@pytest.mark.parametrize("repeat_max", [1, 100])
+def test_the_step_after_that_under_way_fails(repeat_max: int) -> None:
+    bench = Bench(StepCost(10_000_000, 0, 0), 1, 10, repeat_max)
+    bench._schedule(25, lambda _: bench.device.fail_next(25))
+    ends_ns = bench.run([])
+    assert bench.failed_ns == [40]
+    assert ends_ns == [10, 20, 30, 50, 60, 70, 80, 90, 100]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_device_that_halts_tells_what_had_ended(depth: int) -> None:
+    bench = Bench(StepCost(10_000_000, 0, 0), depth, 10, 100)
+    reports: list[StepProgressed | None] = []
+    bench._schedule(35, lambda _: reports.append(bench.device.halt(35)))
+    bench._plan()
+    while bench.timers:
+        bench.now_ns, _, call = heappop(bench.timers)
+        call(None)
+    assert [report and report.ends_ns for report in reports] == [(10, 20, 30)]
+    assert bench.ends_ns == []

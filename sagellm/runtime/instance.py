@@ -90,9 +90,8 @@ class Instance:
         if sender_is_idle and not steps.returned and not steps.failed and not steps.num_free:
             return ()
         effects: list[InstanceEffect] = []
-        if steps.returned:
-            for returned in steps.take_returned():
-                self._give_out(returned, effects)
+        while steps.returned:
+            self._give_out(steps.take_returned(), effects)
         if steps.failed:
             for step, clock in steps.take_failed():
                 self._roll_back(step, clock)

@@ -71,8 +71,8 @@ class StepsInFlight:
         return step_id
 
     def mute(self, request_id: RequestId) -> None:
-        """Steps in flight that name the request no longer speak for it."""
-        for step in self._steps:
+        """Steps that are in flight, or came back and are yet to be looked at, no longer speak for the request."""
+        for step in [*self._steps, *(returned.step for returned in self.returned)]:
             if step.muted is None:
                 step.muted = {}
             step.muted[request_id] = None
@@ -104,10 +104,9 @@ class StepsInFlight:
             later.void = True
         self.done_clock += step.num_committed - step.num_returned
 
-    def take_returned(self) -> list[Return]:
-        """What came back since the last call, in order."""
-        returned, self.returned = self.returned, []
-        return returned
+    def take_returned(self) -> Return:
+        """The first of what came back and was not taken yet."""
+        return self.returned.pop(0)
 
     def take_failed(self) -> list[tuple[StepInFlight, int]]:
         """Steps that failed since the last call, in order, each with the clock just before."""

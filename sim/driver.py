@@ -6,6 +6,7 @@ that heard something is polled once, then its effects are carried out. Messages 
 order in which machines are polled makes no difference.
 """
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -48,27 +49,13 @@ from sagellm.core.messages import (
     TransferKV,
 )
 from sagellm.core.metrics import MetricsFold
-from sagellm.runtime.instance import Instance
 from sim.cluster import SimCluster, SimInstance
 from sim.device import SimDevice, StepReport
+from sim.driven_instance import DrivenInstance
+from sim.environment import CallEnvironment
 from sim.network import Network
 
 _Message = ControlPlaneEvent | InstanceEvent
-
-
-class _SimInstance:
-    """One instance with its device, and what is on its way to it."""
-
-    __slots__ = ("device", "instance_id", "lost", "machine", "message_clock_ns", "request_overhead_ns", "told_of")
-
-    def __init__(self, instance: SimInstance) -> None:
-        self.instance_id = instance.config.instance_id
-        self.machine = Instance(instance.config)
-        self.request_overhead_ns = instance.cost_model.request_overhead_ns
-        self.device: SimDevice
-        self.lost = False
-        self.message_clock_ns = 0  # no message arrives before one that was sent earlier
-        self.told_of: dict[str, None] = {}  # requests that it was ever given
 
 
 class SimDriver:
@@ -76,16 +63,17 @@ class SimDriver:
 
     def __init__(self, cluster: SimCluster, *, seed: int, log: LogWriter | None = None, check: bool = False) -> None:
         self._cluster = cluster
-        self._env = simpy.Environment(initial_time=0)
+        self._env = CallEnvironment(initial_time=0)
         self._fold = MetricsFold()
         self._observe = self._fold.observe
         self._metrics_handlers = self._fold.handlers
         self._log = log
         self._check = check
         self._control_plane = ControlPlane(cluster.control_plane, Random(seed))
-        self._instances: dict[InstanceId, _SimInstance] = {}
-        self._network = Network(cluster.link, self._at)
+        self._instances: dict[InstanceId, DrivenInstance] = {}
+        self._network = Network(cluster.link, self._env.call_at)
         self._dirty: dict[InstanceId, None] = {}
+        self._kept_news: deque[tuple[int, _Message]] = deque()  # for the control plane, in order of arrival
         self._outgoing: dict[tuple[InstanceId, int], list[_Message]] = {}
         self._armed_ns: dict[InstanceId, int] = {}
         self._dying: dict[InstanceId, int] = {}
@@ -106,7 +94,7 @@ class SimDriver:
 
     def at(self, at_ns: int, call: Callable[[], None]) -> None:
         """Call at that time; for arrivals, cancellations and faults."""
-        self._at(at_ns, lambda _: call())
+        self._env.call_at(at_ns, lambda _: call())
 
     def submit(self, event: RequestArrived | RequestCancelled) -> None:
         """A client asks, or goes away, now."""
@@ -136,6 +124,13 @@ class SimDriver:
 
     def run(self) -> None:
         """Until nothing is left to happen. Machines are polled when an instant has no event left."""
+        self._run_events()
+        if self._kept_news:
+            last_ns = self._kept_news[-1][0]
+            self._hand_out_news(last_ns)
+            self._poll_dirty(last_ns)
+
+    def _run_events(self) -> None:
         env = self._env
         step, peek = env.step, env.peek
         with suppress(simpy.core.EmptySchedule):
@@ -150,13 +145,10 @@ class SimDriver:
 
     # --- instants ----------------------------------------------------------------------------------------
 
-    def _at(self, at_ns: int, call: Callable[[object], None]) -> None:
-        env = self._env
-        timeout = simpy.Timeout(env, at_ns - env.now)
-        timeout.callbacks.append(call)
-
     def _deliver(self, machine_id: InstanceId, event: _Message, now_ns: int) -> None:
         """Hand an event to a machine; it is polled when the instant is drained."""
+        if self._kept_news and machine_id == CONTROL_PLANE:
+            self._hand_out_news(now_ns)
         if self._log is not None:
             self._log.event(now_ns, machine_id, event)
         if machine_id == CONTROL_PLANE:
@@ -185,6 +177,20 @@ class SimDriver:
             self._observe(now_ns, effect)
             self._perform_for_control_plane(effect, now_ns)
 
+        if self._kept_news and not self._control_plane.news_can_wait:
+            while self._kept_news:
+                self._arrive_at(CONTROL_PLANE, *self._kept_news.popleft())
+
+    def _hand_out_news(self, until_ns: int) -> None:
+        """Give the control plane what has arrived by now and could wait."""
+        news = self._kept_news
+        while news and news[0][0] <= until_ns:
+            at_ns, message = news.popleft()
+            if self._log is not None:
+                self._log.event(at_ns, CONTROL_PLANE, message)
+            self._control_plane.handle(message, at_ns)  # type: ignore[arg-type]
+            self._dirty[CONTROL_PLANE] = None
+
     def _perform_for_control_plane(self, effect: ControlPlaneEffect, now_ns: int) -> None:
         match effect:
             case AssignRequest(instance_id=instance_id, request=request):
@@ -205,11 +211,11 @@ class SimDriver:
 
     def _join(self, instance: SimInstance) -> None:
         config = instance.config
-        sim_instance = _SimInstance(instance)
+        sim_instance = DrivenInstance(instance)
         sim_instance.device = SimDevice(
             instance.cost_model,
             config.steps_in_flight_max,
-            self._at,
+            self._env.call_at,
             partial(self._step_reported, config.instance_id),
         )
         self._instances[config.instance_id] = sim_instance
@@ -245,7 +251,7 @@ class SimDriver:
                 handler(now_ns, effect)
             self._perform_for_instance(instance, effect, now_ns)
 
-    def _perform_for_instance(self, instance: _SimInstance, effect: InstanceEffect, now_ns: int) -> None:
+    def _perform_for_instance(self, instance: DrivenInstance, effect: InstanceEffect, now_ns: int) -> None:
         match effect:
             case EmitTokens():
                 pass
@@ -287,7 +293,7 @@ class SimDriver:
         self._observe(self.now_ns, event)
         self._send(source_id, event, self.now_ns)
 
-    def _arm(self, instance: _SimInstance) -> None:
+    def _arm(self, instance: DrivenInstance) -> None:
         """Poll at the machine's deadline, like the event that it is: a repeated step ends for it."""
         instance_id = instance.instance_id
         deadline_ns = instance.machine.deadline_ns()
@@ -305,7 +311,7 @@ class SimDriver:
             else:
                 self._arm(instance)
 
-        self._at(max(deadline_ns, self.now_ns), wake)
+        self._env.call_at(max(deadline_ns, self.now_ns), wake)
 
     # --- messages ------------------------------------------------------------------------------------------------
 
@@ -315,6 +321,12 @@ class SimDriver:
         if to != CONTROL_PLANE:
             instance = self._instances[to]
             at_ns = instance.message_clock_ns = max(at_ns, instance.message_clock_ns)
+        elif self._control_plane.news_can_wait and isinstance(message, PrefillFinished | RequestFinished):
+            self._kept_news.append((at_ns, message))
+            return
+        self._arrive_at(to, at_ns, message)
+
+    def _arrive_at(self, to: InstanceId, at_ns: int, message: _Message) -> None:
         together = self._outgoing.get((to, at_ns))
         if together is not None:
             together.append(message)
@@ -326,7 +338,7 @@ class SimDriver:
             for each in messages:
                 self._tell(to, each, at_ns)
 
-        self._at(at_ns, arrive)
+        self._env.call_at(at_ns, arrive)
 
     def _tell(self, to: InstanceId, message: _Message, now_ns: int) -> None:
         if to != CONTROL_PLANE:
@@ -353,9 +365,9 @@ class SimDriver:
             instance.lost = True
             self.fail_transfers(instance_id, f"{instance_id} is lost")
             delay_ns = max(detection_ns, 2 * self._cluster.message_latency_ns)
-            self._at(self.now_ns + delay_ns, lambda _, lost_id=instance_id: self._report_loss(lost_id))  # type: ignore[misc]
+            self._env.call_at(self.now_ns + delay_ns, lambda _, lost_id=instance_id: self._report_loss(lost_id))  # type: ignore[misc]
 
-    def _emit_last_words(self, instance_id: InstanceId, instance: _SimInstance, report: StepReport) -> None:
+    def _emit_last_words(self, instance_id: InstanceId, instance: DrivenInstance, report: StepReport) -> None:
         """Clients have the tokens of every repetition that ended before the loss."""
         now_ns = self.now_ns
         self._observe(now_ns, report)

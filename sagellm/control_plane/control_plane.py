@@ -80,7 +80,7 @@ class ControlPlane:
         self._queue = make_strategy(config.strategy)
         self._fleet = Fleet(config, rng)
         self._requests: dict[RequestId, _Request] = {}
-        self._inbox: list[ControlPlaneEvent] = []
+        self._inbox: list[tuple[ControlPlaneEvent, int]] = []
         self._prefill_ns_per_token = 0.0
         self._now_ns = 0
 
@@ -90,7 +90,7 @@ class ControlPlane:
         """Record what happened. Decides nothing."""
         assert now_ns >= self._now_ns, f"time ran backwards: {now_ns} after {self._now_ns}"
         self._now_ns = now_ns
-        self._inbox.append(event)
+        self._inbox.append((event, now_ns))
 
     def poll(self, now_ns: int) -> tuple[ControlPlaneEffect, ...]:
         """Decide. To be called once per drained instant in which something was handled."""
@@ -98,8 +98,8 @@ class ControlPlane:
         self._now_ns = now_ns
         effects: list[ControlPlaneEffect] = []
         inbox, self._inbox = self._inbox, []
-        for event in inbox:
-            self._take_in(event, effects)
+        for event, event_ns in inbox:
+            self._take_in(event, event_ns, effects)
         if len(self._queue):
             self._dispatch(effects)
         return tuple(effects)
@@ -108,14 +108,23 @@ class ControlPlane:
         """None: it acts only on events."""
         return None
 
+    @property
+    def news_can_wait(self) -> bool:
+        """True while nobody queues and nobody is handed over.
+
+        Then word that a request was prefilled or has finished changes counts and nothing else, and a
+        driver may keep it, in order, until the next event that it has for the control plane.
+        """
+        return not len(self._queue) and not self._fleet.is_disaggregated
+
     # --- events ----------------------------------------------------------------------------------------
 
-    def _take_in(self, event: ControlPlaneEvent, effects: list[ControlPlaneEffect]) -> None:
+    def _take_in(self, event: ControlPlaneEvent, event_ns: int, effects: list[ControlPlaneEffect]) -> None:
         match event:
             case RequestArrived(request=spec):
                 self._admit(spec, effects)
             case PrefillFinished():
-                self._prefilled(event, effects)
+                self._prefilled(event, event_ns, effects)
             case RequestFinished():
                 self._finished(event)
             case RequestMoved():
@@ -156,11 +165,11 @@ class ControlPlane:
             return f"the queue is full ({self.config.queue_max} requests)", True
         return None, False
 
-    def _prefilled(self, event: PrefillFinished, effects: list[ControlPlaneEffect]) -> None:
+    def _prefilled(self, event: PrefillFinished, event_ns: int, effects: list[ControlPlaneEffect]) -> None:
         request = self._owned(event.request_id, event.instance_id)
         if request is None or request.stage is not _Stage.PREFILL:
             return
-        self._learn(request)
+        self._learn(request, event_ns)
         self._prefill_is_over(request)
         if not request.hand_over or request.spec.max_output_tokens - request.queued.num_output_tokens <= 1:
             request.stage = _Stage.DECODE
@@ -169,10 +178,10 @@ class ControlPlane:
         if request.target is None:
             self._reserve(request, None, effects)
 
-    def _learn(self, request: _Request) -> None:
+    def _learn(self, request: _Request, prefilled_ns: int) -> None:
         """Take the time from dispatch to first token into the running mean."""
         num_tokens = request.queued.num_prefill_tokens
-        sample = (self._now_ns - request.assigned_ns) / num_tokens
+        sample = (prefilled_ns - request.assigned_ns) / num_tokens
         if self._prefill_ns_per_token == 0.0:
             self._prefill_ns_per_token = sample
         else:

@@ -23,7 +23,7 @@ class Fleet:
         self.views: dict[InstanceId, InstanceView] = {}
         self._arrivals_to: Sequence[InstanceView] = ()
         self.decodes_on: Sequence[InstanceView] = ()
-        self._is_disaggregated = False
+        self.is_disaggregated = False
         self._arrival_policy = make_routing_policy(config.routing, rng)
         self._decode_policy = make_routing_policy(config.routing, rng)
         self._short_policy = make_routing_policy(config.routing, rng)
@@ -51,7 +51,7 @@ class Fleet:
         mixed = [view for view in views if view.role is Role.MIXED]
         self.decodes_on = decode or mixed
         self._arrivals_to = prefill + mixed or decode
-        self._is_disaggregated = bool(prefill) and bool(self.decodes_on)
+        self.is_disaggregated = bool(prefill) and bool(self.decodes_on)
         if not self.decodes_on:
             self.decodes_on = ()
         # A request must fit where it is prefilled, too: it may have to decode there.
@@ -67,7 +67,7 @@ class Fleet:
         hits = self._hit_tokens(request) if self._needs_hits else _NO_HITS
         num_slots = request.num_prompt_tokens + request.max_output_tokens
         min_tokens = self._config.disaggregate_min_tokens
-        if self._is_disaggregated and min_tokens:
+        if self.is_disaggregated and min_tokens:
             short = [view for view in self.decodes_on if num_tokens - hits.get(view.instance_id, 0) < min_tokens]
             view = self._choose(self._short_policy, short, num_tokens, num_slots, hits)
             if view is not None:
@@ -75,7 +75,7 @@ class Fleet:
         view = self._choose(self._arrival_policy, self._arrivals_to, num_tokens, num_slots, hits)
         if view is None:
             return None
-        return view, self._is_disaggregated and view.role is Role.PREFILL
+        return view, self.is_disaggregated and view.role is Role.PREFILL
 
     def _choose(
         self,

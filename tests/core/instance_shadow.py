@@ -264,6 +264,9 @@ class InstanceShadow:
         assert len(self.steps) < config.steps_in_flight_max
         assert 0 < plan.num_tokens <= config.max_num_batched_tokens, "I6: token budget"
         assert plan.num_seqs <= config.max_num_seqs, "I6: max_num_seqs"
+        assert len(plan.chunks) <= (config.max_num_chunks or config.max_num_seqs), "I6: max_num_chunks"
+        chunk_tokens_max = config.max_chunk_tokens or config.max_num_batched_tokens
+        assert all(chunk.num_tokens <= chunk_tokens_max for chunk in plan.chunks), "I6: max_chunk_tokens"
         assert len(plan.num_tokens_by_request()) == plan.num_seqs, "a request twice in one step"
         assert step.num_running <= config.max_num_seqs, "I6: max_num_seqs"
         assert step.num_blocks_in_use <= config.num_blocks, "I6: blocks"

@@ -120,6 +120,8 @@ def random_cluster(rng: Random) -> SimCluster:
         kv_bytes_per_token=100_000,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=rng.choice([16, 64, 512]),
+        max_num_chunks=rng.choice([0, 0, 1]),
+        max_chunk_tokens=rng.choice([0, 0, 32]),
         steps_in_flight_max=rng.choice([1, 2]),
         prefix_caching=rng.random() < 0.8,
         watermark_blocks=rng.choice([0, 2]),

@@ -34,7 +34,7 @@ from sagellm.core.messages import (
     SourceLost,
 )
 from sagellm.core.randomness import Rng
-from sagellm.core.request import FinishReason, RequestSpec
+from sagellm.core.request import RequestSpec
 
 _EWMA_SHARE = 0.1
 """How much the latest prefill counts in the running mean of time per prompt token."""
@@ -285,28 +285,26 @@ class ControlPlane:
 
     def _run_again(self, request: _Request, effects: list[ControlPlaneEffect]) -> None:
         """The owner is gone: queue the request once more, or end it."""
+        request_id = request.spec.request_id
         if request.target is not None:
-            target_id = request.target.instance_id
-            effects.append(ReleaseKV(target_id, request.spec.request_id, request.attempt))
+            effects.append(ReleaseKV(request.target.instance_id, request_id, request.attempt))
             self._leave_target(request)
         request.view = None
         request.hand_over = False
         request.stage = _Stage.QUEUED
         request.num_prefill_tokens = 0
         request.queued, request.output = request.output or request.queued, None
-        end = _end_of_output(request.queued)
+        end = request.queued.end_of_output
         if end is not None:
-            num_output_tokens = request.queued.num_output_tokens
-            effects.append(RequestFinished(request.spec.request_id, CONTROL_PLANE, end, num_output_tokens))
+            effects.append(RequestFinished(request_id, CONTROL_PLANE, end, request.queued.num_output_tokens))
         elif request.cancelled:
-            effects.append(RejectRequest(request.spec.request_id, "cancelled by the client", retryable=False))
+            effects.append(RejectRequest(request_id, "cancelled by the client", retryable=False))
         elif request.num_runs >= self.config.attempts_max:
-            reason = "its instance was lost, once too often"
-            effects.append(RejectRequest(request.spec.request_id, reason, retryable=True))
+            effects.append(RejectRequest(request_id, "its instance was lost, once too often", retryable=True))
         else:
             self._queue.push(request.queued)
             return
-        del self._requests[request.spec.request_id]
+        del self._requests[request_id]
 
     def _reject_queue(self, reason: str, effects: list[ControlPlaneEffect]) -> None:
         outlook = QueueOutlook(self._now_ns, self._prefill_ns_per_token)
@@ -400,10 +398,3 @@ class ControlPlane:
 
 def _tokens_of(spec: RequestSpec) -> str:
     return f"{spec.num_prompt_tokens} prompt + {spec.max_output_tokens} output tokens"
-
-
-def _end_of_output(queued: QueuedRequest) -> FinishReason | None:
-    """Why nothing more is to come of a request that was running; None: there is."""
-    if queued.output_token_ids and queued.output_token_ids[-1] in queued.spec.stop_token_ids:
-        return FinishReason.STOP
-    return FinishReason.LENGTH if queued.num_output_tokens >= queued.spec.max_output_tokens else None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sagellm.core.identity import RequestId
-from sagellm.core.request import RequestSpec
+from sagellm.core.request import FinishReason, RequestSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,13 @@ class QueuedRequest:
     @property
     def num_prefill_tokens(self) -> int:
         return self.spec.num_prompt_tokens + self.num_output_tokens
+
+    @property
+    def end_of_output(self) -> FinishReason | None:
+        """Why nothing more is to come of a request that was running; None: there is."""
+        if self.output_token_ids and self.output_token_ids[-1] in self.spec.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_output_tokens >= self.spec.max_output_tokens else None
 
     @property
     def ttft_deadline_ns(self) -> int | None:

@@ -12,10 +12,12 @@ k steps in one jump end exactly where k single steps do.
 from collections import deque
 from collections.abc import Callable
 from math import isqrt
+from typing import Final
 
 from sagellm.core.messages import RunStep, StepFailed, StepFinished, StepProgressed
-from sagellm.cost_model.step_cost import FEMTOSECONDS_PER_NANOSECOND as _FS_PER_NS
 from sagellm.cost_model.step_cost import StepCostModel, StepFeatures
+
+_FS_PER_NS: Final = 1_000_000  # femtoseconds, the unit of prices, in a nanosecond, the unit of the clock
 
 Schedule = Callable[[int, Callable[[object], None]], None]
 """A driver's timer: call at that time. What the call is given means nothing."""

@@ -98,9 +98,7 @@ def gemm_rows(pool: torch.Tensor, deadline_s: float) -> list[tuple[int, int, int
         floor_s = max(2 * n * k / 4.0e12, 2 * m * n * k / 7.5e14)
         calls = max(2, min(32, int(4e-3 / floor_s)))
         budget_s = 0.12 if m >= 1024 else 0.03
-        micros = median_us(
-            lambda i, x=inputs, w=weights, c=copies: functional.linear(x, w[i % c]), calls, budget_s
-        )
+        micros = median_us(lambda i, x=inputs, w=weights, c=copies: functional.linear(x, w[i % c]), calls, budget_s)
         rows.append((m, n, k, round(micros, 3)))
     return rows
 

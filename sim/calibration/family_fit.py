@@ -121,9 +121,7 @@ def _mixed_fixed_ns(operators: _Operators, fit: StepFit, host: HostFit, fixed_ns
     return max(0.0, statistics.fmean(excess_ns))
 
 
-def _corrected(
-    table: GemmTable, operators: _Operators, fit: StepFit, host: HostFit, fixed_ns: float
-) -> GemmTable:
+def _corrected(table: GemmTable, operators: _Operators, fit: StepFit, host: HostFit, fixed_ns: float) -> GemmTable:
     """The table with the factor that large GEMMs take inside a step.
 
     The benchmark runs nothing but one GEMM, at the card's power limit; in a step they alternate with

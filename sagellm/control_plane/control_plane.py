@@ -104,9 +104,8 @@ class ControlPlane:
             self._dispatch(effects)
         return tuple(effects)
 
-    def deadline_ns(self) -> int | None:
-        """None: it acts only on events."""
-        return None
+    def deadline_ns(self) -> None:
+        """It acts only on events."""
 
     @property
     def news_can_wait(self) -> bool:
@@ -142,8 +141,9 @@ class ControlPlane:
 
     def _admit(self, spec: RequestSpec, effects: list[ControlPlaneEffect]) -> None:
         if spec.request_id in self._requests:
-            # Its namesake goes on; the one terminal outcome of that id is still to come.
-            return
+            return  # its namesake goes on; the one terminal outcome of that id is still to come
+        if len(self._queue) >= self.config.queue_max:
+            self._dispatch(effects)  # so that a burst is not refused while instances have room
         reason, retryable = self._refusal(spec)
         if reason is not None:
             effects.append(RejectRequest(spec.request_id, reason, retryable))

@@ -209,3 +209,13 @@ def test_a_full_queue_says_so(strategy: str) -> None:
     assert rejected
     assert all(effect.retryable and "queue is full (3 requests)" in effect.reason for effect in rejected)
     assert plane.num_queued <= 3
+
+
+def test_a_burst_is_not_refused_while_instances_have_room() -> None:
+    control_plane = ControlPlane(ControlPlaneConfig(queue_max=1), Random(0))
+    control_plane.handle(InstanceJoined(InstanceId("i"), Role.MIXED, 1000, 8, 64), 0)
+    for index in range(4):
+        control_plane.handle(RequestArrived(RequestSpec(RequestId(str(index)), 0, 50, 4)), 0)
+    effects = control_plane.poll(0)
+    assert sum(isinstance(effect, AssignRequest) for effect in effects) == 4
+    assert not any(isinstance(effect, RejectRequest) for effect in effects)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from heapq import heappop, heappush
 
-from sagellm.control_plane.queued_request import QueuedRequest
+from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
 from sagellm.core.identity import RequestId
 
 OrderKey = tuple[int, ...]
@@ -38,3 +38,25 @@ class KeyedQueue:
     def remove(self, request_id: RequestId) -> None:
         """Take a request out; nothing happens where it is not in."""
         self._live.pop(request_id, None)
+
+
+class KeyedStrategy:
+    """A strategy that is nothing but an order: whoever has the least key is next."""
+
+    def __init__(self, key: Callable[[QueuedRequest], OrderKey]) -> None:
+        self._queue = KeyedQueue(key)
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def push(self, request: QueuedRequest) -> None:
+        self._queue.push(request)
+
+    def next(self, outlook: QueueOutlook) -> QueuedRequest | None:
+        return self._queue.peek()
+
+    def served(self, request_id: RequestId) -> None:
+        self._queue.remove(request_id)
+
+    def remove(self, request_id: RequestId) -> None:
+        self._queue.remove(request_id)

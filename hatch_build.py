@@ -82,7 +82,7 @@ def _compile(root: Path, modules: list[str], work: Path) -> list[Path]:
     """Raises where a tool is missing or something does not compile."""
     from mypyc.build import mypycify
     from setuptools import Distribution
-    from setuptools.errors import BaseError
+    from setuptools.errors import BaseError, CompileError, LinkError
 
     before = Path.cwd()
     os.chdir(root)
@@ -96,7 +96,8 @@ def _compile(root: Path, modules: list[str], work: Path) -> list[Path]:
         command.parallel = os.cpu_count()
         command.ensure_finalized()
         command.run()
-    except BaseError as error:
+    except (BaseError, CompileError, LinkError) as error:
+        # The last two, of a compiler that fails or is not there, are not of the first one's family.
         raise RuntimeError(str(error)) from error
     finally:
         os.chdir(before)

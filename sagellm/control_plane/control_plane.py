@@ -34,7 +34,7 @@ from sagellm.core.messages import (
     SourceLost,
 )
 from sagellm.core.randomness import Rng
-from sagellm.core.request import RequestSpec
+from sagellm.core.request import FinishReason, RequestSpec
 
 _EWMA_SHARE = 0.1
 """How much the latest prefill counts in the running mean of time per prompt token."""
@@ -57,7 +57,7 @@ class _Request:
     attempt: int = 0  # hand-overs of this request so far
     num_runs: int = 0  # assignments
     assigned_ns: int = 0
-    cancelled: bool = False
+    cancelled: FinishReason | None = None  # how it is to end, once a client has cancelled it
     num_prefill_tokens: int = 0  # of it counted in the owner's view
     output: QueuedRequest | None = None  # how it is to be queued, should its owner be lost; None: as it was
 
@@ -128,8 +128,8 @@ class ControlPlane:
                 self._finished(event)
             case RequestMoved():
                 self._moved(event, effects)
-            case RequestCancelled(request_id=request_id):
-                self._cancel(request_id, effects)
+            case RequestCancelled():
+                self._cancel(event, effects)
             case HandoverFailed():
                 self._handover_failed(event, effects)
             case InstanceJoined():
@@ -213,20 +213,21 @@ class ControlPlane:
         # What was counted on the target when it was chosen stays counted: it is the owner now.
         request.view, request.target = request.target, None
         request.stage = _Stage.DECODE
-        if request.cancelled:
-            effects.append(AbortRequest(request.view.instance_id, event.request_id))
+        if request.cancelled is not None:
+            effects.append(AbortRequest(request.view.instance_id, event.request_id, request.cancelled))
 
-    def _cancel(self, request_id: RequestId, effects: list[ControlPlaneEffect]) -> None:
+    def _cancel(self, event: RequestCancelled, effects: list[ControlPlaneEffect]) -> None:
+        request_id = event.request_id
         request = self._requests.get(request_id)
-        if request is None or request.cancelled:
+        if request is None or request.cancelled is not None:
             return
-        request.cancelled = True
+        request.cancelled = event.reason
         if request.view is None:
             self._queue.remove(request_id)
             del self._requests[request_id]
             effects.append(RejectRequest(request_id, "cancelled by the client", retryable=False))
         else:
-            effects.append(AbortRequest(request.view.instance_id, request_id))
+            effects.append(AbortRequest(request.view.instance_id, request_id, event.reason))
 
     # --- disaggregation ------------------------------------------------------------------------------------
 
@@ -297,7 +298,7 @@ class ControlPlane:
         end = request.queued.end_of_output
         if end is not None:
             effects.append(RequestFinished(request_id, CONTROL_PLANE, end, request.queued.num_output_tokens))
-        elif request.cancelled:
+        elif request.cancelled is not None:
             effects.append(RejectRequest(request_id, "cancelled by the client", retryable=False))
         elif request.num_runs >= self.config.attempts_max:
             effects.append(RejectRequest(request_id, "its instance was lost, once too often", retryable=True))

@@ -29,9 +29,10 @@ class RequestArrived(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class RequestCancelled(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """The client went away or asked to stop."""
+    """The client went away, or has all that it wanted (``reason`` stop: a stop string was found in the text)."""
 
     request_id: RequestId
+    reason: FinishReason = FinishReason.ABORT
 
 
 class InstanceJoined(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -94,6 +95,7 @@ class AbortRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     instance_id: InstanceId
     request_id: RequestId
+    reason: FinishReason = FinishReason.ABORT
 
 
 class ReleaseKV(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -209,13 +211,15 @@ class StepFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """A step is over: ``len(ends_ns)`` repetitions, less those that ``StepProgressed`` told of.
 
     ``token_ids`` has one tuple for each of the plan's ``sampled_request_ids``, of one token for each
-    repetition; None where tokens are symbolic (in simulation).
+    repetition; None where tokens are symbolic (in simulation). ``invalid_request_ids`` are those whose
+    logits were not finite: they end with an error, and what the step gave for them means nothing.
     """
 
     instance_id: InstanceId
     step_id: StepId
     ends_ns: tuple[int, ...]
     token_ids: tuple[tuple[int, ...], ...] | None = None
+    invalid_request_ids: tuple[RequestId, ...] = ()
 
 
 class StepFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):

@@ -5,6 +5,7 @@ from enum import StrEnum
 import msgspec
 
 from sagellm.core.identity import RequestId
+from sagellm.core.sampling import SamplingParameters
 
 
 class FinishReason(StrEnum):
@@ -43,6 +44,7 @@ class RequestSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     content_block_size: int = 0
     cache_salt: str = ""  # prefixes are shared only between requests of equal salt
     stop_token_ids: tuple[int, ...] = ()
+    sampling: SamplingParameters | None = None  # None: greedy, or tokens are symbolic
 
     def __post_init__(self) -> None:
         if self.num_prompt_tokens < 1:

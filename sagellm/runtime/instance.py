@@ -137,6 +137,10 @@ class Instance:
         """Tokens to clients, and what their coming back means for the requests of the step."""
         step, token_ids = returned.step, returned.token_ids
         request_ids = step.plan.sampled_request_ids
+        for request_id in returned.invalid_request_ids:
+            if not step.muted or request_id not in step.muted:
+                self._end(self._requests[request_id], FinishReason.ERROR, effects, keep_output=False)
+                step.mute(request_id)
         if step.muted:
             request_ids, token_ids = without(request_ids, token_ids, step.muted)
         stopped: list[LocalRequest] = []
@@ -148,10 +152,10 @@ class Instance:
             if not step.muted or chunk.request_id not in step.muted:
                 self._chunk_returned(self._requests[chunk.request_id], chunk, effects)
         for request in stopped:
-            self._end(request, FinishReason.STOP, effects)
+            self._end(request, FinishReason.STOP, effects, keep_output=True)
         draining = self._scheduler.draining
         while draining and draining[0].finish_clock <= returned.done_clock:
-            self._end(draining[0], FinishReason.LENGTH, effects)
+            self._end(draining[0], FinishReason.LENGTH, effects, keep_output=True)
 
     def _chunk_returned(self, request: LocalRequest, chunk: TokenChunk, effects: list[InstanceEffect]) -> None:
         request.num_returned_tokens = chunk.num_computed_tokens + chunk.num_tokens
@@ -171,12 +175,17 @@ class Instance:
 
     # --- the end of a request -----------------------------------------------------------------------
 
-    def _end(self, request: LocalRequest, reason: FinishReason, effects: list[InstanceEffect]) -> None:
-        """The request is over on this instance. Its one terminal outcome goes out."""
+    def _end(
+        self, request: LocalRequest, reason: FinishReason, effects: list[InstanceEffect], *, keep_output: bool
+    ) -> None:
+        """The request is over on this instance. Its one terminal outcome goes out.
+
+        With ``keep_output`` all that it has put out, less the last token, is computed: others may reuse it.
+        """
         num_output_tokens = self._scheduler.num_returned_output(request, self._steps.done_clock)
         if request.output_token_ids is not None:
             num_output_tokens = len(request.output_token_ids)
-        self._forget(request, effects, keep_output=reason is FinishReason.STOP or reason is FinishReason.LENGTH)
+        self._forget(request, effects, keep_output=keep_output)
         effects.append(RequestFinished(request.request_id, self.config.instance_id, reason, num_output_tokens))
 
     def _forget(self, request: LocalRequest, effects: list[InstanceEffect], *, keep_output: bool = False) -> None:
@@ -229,7 +238,7 @@ class Instance:
         while self._tried_out:
             request = self._tried_out.pop()
             if request.state is RequestState.WAITING:
-                self._end(request, FinishReason.ERROR, effects)
+                self._end(request, FinishReason.ERROR, effects, keep_output=False)
         if scheduler.staying:
             scheduler.admit_staying()
         if scheduler.reservations:
@@ -270,9 +279,9 @@ class Instance:
         match event:
             case AssignRequest():
                 self._assign(event)
-            case AbortRequest(request_id=request_id):
+            case AbortRequest(request_id=request_id, reason=reason):
                 if request_id in self._requests:
-                    self._end(self._requests[request_id], FinishReason.ABORT, effects)
+                    self._end(self._requests[request_id], reason, effects, keep_output=False)
             case ReserveKV():
                 self._scheduler.reservations.append(event)
             case ReleaseKV():

@@ -26,6 +26,12 @@ class StepInFlight:
     void: bool = False  # an earlier step failed, so what this one gives means nothing
     muted: dict[RequestId, None] | None = None  # requests that left since the step was planned
 
+    def mute(self, request_id: RequestId) -> None:
+        """The step no longer speaks for the request."""
+        if self.muted is None:
+            self.muted = {}
+        self.muted[request_id] = None
+
 
 @dataclass(slots=True)
 class Return:
@@ -35,6 +41,7 @@ class Return:
     ends_ns: tuple[int, ...]
     token_ids: TokenIds
     done_clock: int
+    invalid_request_ids: tuple[RequestId, ...] = ()
 
 
 class StepsInFlight:
@@ -73,9 +80,7 @@ class StepsInFlight:
     def mute(self, request_id: RequestId) -> None:
         """Steps that are in flight, or came back and are yet to be looked at, no longer speak for the request."""
         for step in [*self._steps, *(returned.step for returned in self.returned)]:
-            if step.muted is None:
-                step.muted = {}
-            step.muted[request_id] = None
+            step.mute(request_id)
 
     def came_back(self, event: StepFinished | StepProgressed, *, closes: bool) -> None:
         """Executions ended; unless the step closes, exactly one more is under way."""
@@ -92,7 +97,8 @@ class StepsInFlight:
         if closes:
             self._steps.popleft()
         if num_ends and not step.void:
-            self.returned.append(Return(step, event.ends_ns, event.token_ids, self.done_clock))
+            invalid_ids = event.invalid_request_ids if isinstance(event, StepFinished) else ()
+            self.returned.append(Return(step, event.ends_ns, event.token_ids, self.done_clock, invalid_ids))
 
     def failed_to_come_back(self, event: StepFailed) -> None:
         """A step gave nothing, and so all that were planned on top of it mean nothing."""

@@ -105,15 +105,16 @@ def test_a_request_whose_output_is_out_ends_with_its_instance(
         assert plane.num_unfinished == 0
 
 
-def test_a_cancelled_request_is_stopped_where_it_moved_to() -> None:
+@pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.STOP])
+def test_a_cancelled_request_is_stopped_where_it_moved_to(reason: FinishReason) -> None:
     """F14, F15: the client leaves while the KV is on its way."""
     plane = disaggregated()
     give(plane, RequestArrived(spec("a")))
     [reserve] = give(plane, PrefillFinished(A, P1))
     assert isinstance(reserve, ReserveKV)
-    assert give(plane, RequestCancelled(A)) == (AbortRequest(P1, A),)
-    assert give(plane, RequestMoved(A, P1, reserve.instance_id, 1)) == (AbortRequest(reserve.instance_id, A),)
-    give(plane, RequestFinished(A, reserve.instance_id, FinishReason.ABORT, 1))
+    assert give(plane, RequestCancelled(A, reason)) == (AbortRequest(P1, A, reason),)
+    assert give(plane, RequestMoved(A, P1, reserve.instance_id, 1)) == (AbortRequest(reserve.instance_id, A, reason),)
+    give(plane, RequestFinished(A, reserve.instance_id, reason, 1))
     assert plane.num_unfinished == 0
 
 

@@ -290,3 +290,28 @@ def test_two_steps_that_come_back_in_one_instant() -> None:
     assert first.request_ids == ("a", "b")
     assert second.request_ids == ("b",)
     assert bench.ends() == {"a": FinishReason.STOP}
+
+
+@pytest.mark.parametrize("steps_in_flight_max", [1, 2])
+@pytest.mark.parametrize("num_steps_before", [0, 2], ids=["at its prompt", "while it decodes"])
+def test_a_request_whose_logits_are_not_finite_ends_alone(steps_in_flight_max: int, num_steps_before: int) -> None:
+    """F28: it ends with an error, its blocks come back, and the others of the batch go on."""
+    bench = Bench(steps_in_flight_max=steps_in_flight_max, repeat_max=1)
+    bench.give(assign(spec("bad", 6, 8)), assign(spec("good", 6, 8)))
+    for _ in range(num_steps_before):
+        bench.finish(token_ids=((1,), (2,)))
+    bench.now_ns += 1
+    event = StepFinished(ME, bench.step_id, (bench.now_ns,), ((9,), (3,)), (RequestId("bad"),))
+    effects = bench.give(event)
+    [emitted] = of(EmitTokens, effects)
+    assert (emitted.request_ids, emitted.token_ids) == (("good",), ((3,),))
+    bench.run_to_the_end()
+    assert bench.ends() == {"bad": FinishReason.ERROR, "good": FinishReason.LENGTH}
+
+
+def test_who_has_all_it_wanted_ends_with_stop() -> None:
+    bench = Bench()
+    bench.give(assign(spec("a", 6, 8)))
+    bench.give(AbortRequest(ME, RequestId("a"), FinishReason.STOP))
+    bench.run_to_the_end()
+    assert bench.ends() == {"a": FinishReason.STOP}

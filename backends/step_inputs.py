@@ -1,0 +1,49 @@
+"""One step's inputs as tensors, and what turns them into logits."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """A batch of sequences, prefill and decode alike, flattened token by token.
+
+    Sequence i's tokens are rows ``query_starts[i] : query_starts[i + 1]``; it has ``context_lens[i]``
+    tokens of KV once this step's are written, so its first row's position is ``context_lens[i]`` less its
+    number of rows. Decodes (one row each) come first, as in the plan.
+    """
+
+    token_ids: "torch.Tensor"  # [num_tokens] int64
+    positions: "torch.Tensor"  # [num_tokens] int64
+    slot_mapping: "torch.Tensor"  # [num_tokens] int64: block_id * block_size + offset, where K and V go
+    query_starts: "torch.Tensor"  # [num_seqs + 1] int32
+    context_lens: "torch.Tensor"  # [num_seqs] int32
+    block_tables: "torch.Tensor"  # [num_seqs, num_blocks_max] int32
+    sampled_rows: "torch.Tensor"  # [num_sampled] int64: rows whose logits are wanted
+    num_decodes: int  # sequences of one row at the front
+    query_len_max: int
+    context_len_max: int
+
+
+@dataclass(slots=True)
+class KVTensors:
+    """The paged KV cache of one rank.
+
+    ``keys[layer]`` and ``values[layer]`` are [num_blocks, block_size, num_kv_heads, head_dim].
+    """
+
+    keys: "list[torch.Tensor]"
+    values: "list[torch.Tensor]"
+    block_size: int
+
+
+class ModelProgram(Protocol):
+    """A model's execution graph, lowered for one device."""
+
+    vocab_size: int
+
+    def run(self, inputs: StepInputs, kv: KVTensors) -> "torch.Tensor":
+        """Write this step's K and V into the cache; logits [num_sampled, vocab_size] in float32."""

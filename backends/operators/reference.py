@@ -1,0 +1,170 @@
+"""Every operator of the execution graph in plain torch: the meaning that kernels must keep, on any device.
+
+Activations are [num_tokens, width]; heads lie side by side in the width, so a tensor of queries is
+[num_tokens, num_heads * head_dim]. Rows may be strided (a slice of a fused projection's result), elements
+of a row are next to each other. No operator changes its inputs, but for the KV cache.
+
+Where ``transformers`` computes in float32 whatever the model's type (norms, softmax, rotary embedding),
+so does this; results are rounded to the type of the first argument.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as functional
+
+from backends.operators.reference_attention import attention
+from backends.operators.reference_experts import moe_experts, moe_router
+
+if TYPE_CHECKING:
+    from backends.operators.communicator import Communicator
+
+__all__ = [
+    "add",
+    "add_rms_norm",
+    "all_gather",
+    "all_reduce",
+    "attention",
+    "embedding",
+    "head_rms_norm",
+    "kv_write",
+    "linear",
+    "moe_experts",
+    "moe_router",
+    "multiply",
+    "rms_norm",
+    "rotary",
+    "rotary_kv_write",
+    "select_rows",
+    "silu",
+    "silu_multiply",
+    "split",
+]
+
+
+def embedding(token_ids: torch.Tensor, weight: torch.Tensor, *, first_token_id: int = 0) -> torch.Tensor:
+    """Rows of the table ``weight`` [num_rows, hidden_size]: [num_tokens, hidden_size].
+
+    The table may hold a rank's share of the vocabulary, from ``first_token_id`` on; tokens outside it give
+    zeros, so that the sum over ranks is the whole table's row.
+    """
+    if first_token_id == 0 and token_ids.numel() == 0:
+        return weight.new_empty(0, weight.shape[1])
+    rows = token_ids - first_token_id
+    foreign = (rows < 0) | (rows >= weight.shape[0])
+    found = functional.embedding(rows.masked_fill(foreign, 0), weight)
+    return found.masked_fill(foreign.unsqueeze(-1), 0)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, epsilon: float) -> torch.Tensor:
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def head_rms_norm(x: torch.Tensor, weight: torch.Tensor, *, epsilon: float) -> torch.Tensor:
+    """``rms_norm`` of each head on its own; ``weight`` is [head_dim], ``x`` [num_tokens, num_heads * head_dim]."""
+    heads = torch.unflatten(x, -1, (-1, weight.shape[0]))
+    return rms_norm(heads, weight, epsilon=epsilon).flatten(-2)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias``; ``weight`` is [out_width, in_width]."""
+    return functional.linear(x, weight, bias)
+
+
+def rotary(
+    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embedding of queries and keys (Su et al. 2021, arXiv:2104.09864), halves paired.
+
+    ``cos_sin`` is a float32 table [num_positions, head_dim]: head_dim / 2 cosines, then as many sines
+    (``backends.operators.rotary_table``).
+    """
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = torch.unflatten(x, -1, (-1, 2 * cos.shape[-1])).float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype).flatten(-2)
+
+
+def kv_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Put each token's K and V ([num_tokens, num_kv_heads * head_dim]) into its slot of the paged cache.
+
+    The caches are [num_blocks, block_size, num_kv_heads, head_dim]; a slot is block_id * block_size + offset.
+    """
+    width = key.shape[1]
+    key_cache.view(-1, width).index_copy_(0, slot_mapping, key.to(key_cache.dtype))
+    value_cache.view(-1, width).index_copy_(0, slot_mapping, value.to(value_cache.dtype))
+
+
+def rotary_kv_write(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """``rotary``, then ``kv_write`` of the turned keys: the turned queries."""
+    query, key = rotary(query, key, positions, cos_sin)
+    kv_write(key, value, key_cache, value_cache, slot_mapping)
+    return query
+
+
+def add(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return x + other
+
+
+def multiply(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return x * other
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """``x * sigmoid(x)``."""
+    return functional.silu(x)
+
+
+def silu_multiply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up``; both may be halves of one fused projection's result."""
+    return functional.silu(gate) * up
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of ``x + residual``, and that sum."""
+    total = x + residual
+    return rms_norm(total, weight, epsilon=epsilon), total
+
+
+def select_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The rows of ``x`` with these indexes: [len(rows), width]."""
+    return x.index_select(0, rows)
+
+
+def split(x: torch.Tensor, *, widths: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """Views of ``x`` cut along its width."""
+    return torch.split(x, widths, dim=-1)
+
+
+def all_reduce(x: torch.Tensor, communicator: "Communicator") -> torch.Tensor:
+    """The sum of all ranks' tensors."""
+    return communicator.all_reduce(x)
+
+
+def all_gather(x: torch.Tensor, communicator: "Communicator") -> torch.Tensor:
+    """All ranks' tensors side by side in the width."""
+    return communicator.all_gather(x)

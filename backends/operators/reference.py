@@ -157,7 +157,7 @@ def select_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def split(x: torch.Tensor, *, widths: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     """Views of ``x`` cut along its width."""
-    return torch.split(x, widths, dim=-1)
+    return torch.split(x, list(widths), dim=-1)
 
 
 def all_reduce(x: torch.Tensor, communicator: "Communicator") -> torch.Tensor:

@@ -4,12 +4,26 @@ Nothing is read but the slots of a sequence's own tokens: whatever other blocks 
 cannot reach it. What depends on the step but not on the layer is prepared once for all layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as functional
 
 from backends.step_inputs import StepInputs
+
+
+class Gathering:
+    """Room for one layer's gathered K or V, used again by the next: fresh memory costs more than the copy."""
+
+    def __init__(self) -> None:
+        self._room: torch.Tensor | None = None
+
+    def gather(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """``cache[slots]``: [num_slots, num_kv_heads, head_dim], good until the next call."""
+        shape = (slots.shape[0], *cache.shape[1:])
+        if self._room is None or self._room.shape != shape or self._room.dtype != cache.dtype:
+            self._room = cache.new_empty(shape)
+        return torch.index_select(cache, 0, slots, out=self._room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +34,8 @@ class DecodeBucket:
     num_rows: int
     slots: torch.Tensor  # [num_rows * length]; what pads a sequence is its own first slot
     mask: torch.Tensor  # bool [num_rows, 1, 1, length]
+    keys: Gathering = field(default_factory=Gathering)
+    values: Gathering = field(default_factory=Gathering)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +98,8 @@ def _decode(
     rows = query[: bucket.num_rows] if bucket.rows is None else query.index_select(0, bucket.rows)
     grouped = torch.unflatten(rows, 1, (num_kv_heads, -1))
     shape = (bucket.num_rows, -1, num_kv_heads, head_dim)
-    gathered_keys = keys.index_select(0, bucket.slots).view(shape).transpose(1, 2).to(query.dtype)
-    gathered_values = values.index_select(0, bucket.slots).view(shape).transpose(1, 2).to(query.dtype)
+    gathered_keys = bucket.keys.gather(keys, bucket.slots).view(shape).transpose(1, 2).to(query.dtype)
+    gathered_values = bucket.values.gather(values, bucket.slots).view(shape).transpose(1, 2).to(query.dtype)
     output = functional.scaled_dot_product_attention(
         grouped, gathered_keys, gathered_values, attn_mask=bucket.mask, scale=scale
     ).flatten(1, 2)

@@ -21,17 +21,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add",
+    "add_bias",
     "add_rms_norm",
     "all_gather",
     "all_reduce",
     "attention",
     "embedding",
+    "head_norm_rotary_kv_write",
     "head_rms_norm",
     "kv_write",
+    "layer_norm",
     "linear",
     "moe_experts",
     "moe_router",
     "multiply",
+    "relu",
     "rms_norm",
     "rotary",
     "rotary_kv_write",
@@ -42,18 +46,17 @@ __all__ = [
 ]
 
 
-def embedding(token_ids: torch.Tensor, weight: torch.Tensor, *, first_token_id: int = 0) -> torch.Tensor:
-    """Rows of the table ``weight`` [num_rows, hidden_size]: [num_tokens, hidden_size].
+def embedding(ids: torch.Tensor, table: torch.Tensor, *, first_row: int = 0, sharded: bool = False) -> torch.Tensor:
+    """Row ``id + first_row`` of ``table`` [num_rows, width] for each id: [num_ids, width].
 
-    The table may hold a rank's share of the vocabulary, from ``first_token_id`` on; tokens outside it give
-    zeros, so that the sum over ranks is the whole table's row.
+    ``first_row`` may be negative. With ``sharded`` the table is a part of a greater one, and ids whose row
+    is not in it give zeros, so that the sum over all parts is the whole table's row.
     """
-    if first_token_id == 0 and token_ids.numel() == 0:
-        return weight.new_empty(0, weight.shape[1])
-    rows = token_ids - first_token_id
-    foreign = (rows < 0) | (rows >= weight.shape[0])
-    found = functional.embedding(rows.masked_fill(foreign, 0), weight)
-    return found.masked_fill(foreign.unsqueeze(-1), 0)
+    rows = ids + first_row if first_row else ids
+    if not sharded:
+        return functional.embedding(rows, table)
+    foreign = (rows < 0) | (rows >= table.shape[0])
+    return functional.embedding(rows.masked_fill(foreign, 0), table).masked_fill(foreign.unsqueeze(-1), 0)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, epsilon: float) -> torch.Tensor:
@@ -61,6 +64,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, epsilon: float) -> torch.
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return weight * (wide * scale).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, epsilon: float) -> torch.Tensor:
+    """Layer norm over the last dimension (Ba, Kiros and Hinton 2016, arXiv:1607.06450)."""
+    return functional.layer_norm(x, weight.shape, weight, bias, epsilon)
 
 
 def head_rms_norm(x: torch.Tensor, weight: torch.Tensor, *, epsilon: float) -> torch.Tensor:
@@ -74,16 +82,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return functional.linear(x, weight, bias)
 
 
-def rotary(
-    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary position embedding of queries and keys (Su et al. 2021, arXiv:2104.09864), halves paired.
+def add_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """``x + bias`` for every row; ``bias`` is [width]."""
+    return x + bias
 
-    ``cos_sin`` is a float32 table [num_positions, head_dim]: head_dim / 2 cosines, then as many sines
-    (``backends.operators.rotary_table``).
+
+def rotary(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of each head (Su et al. 2021, arXiv:2104.09864), halves paired.
+
+    ``x`` is [num_tokens, num_heads * head_dim], ``cos_sin`` a float32 table [num_positions, head_dim]:
+    head_dim / 2 cosines, then as many sines (``backends.operators.rotary_table``).
     """
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    return _rotated(query, cos, sin), _rotated(key, cos, sin)
+    return _rotated(x, cos, sin)
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -118,10 +129,30 @@ def rotary_kv_write(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """``rotary``, then ``kv_write`` of the turned keys: the turned queries."""
-    query, key = rotary(query, key, positions, cos_sin)
-    kv_write(key, value, key_cache, value_cache, slot_mapping)
-    return query
+    """``rotary`` of queries and keys, then ``kv_write``: the turned queries."""
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    kv_write(_rotated(key, cos, sin), value, key_cache, value_cache, slot_mapping)
+    return _rotated(query, cos, sin)
+
+
+def head_norm_rotary_kv_write(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    epsilon: float,
+) -> torch.Tensor:
+    """``head_rms_norm`` of queries and keys, then ``rotary_kv_write``: the turned queries."""
+    query = head_rms_norm(query, query_weight, epsilon=epsilon)
+    key = head_rms_norm(key, key_weight, epsilon=epsilon)
+    return rotary_kv_write(query, key, value, positions, cos_sin, key_cache, value_cache, slot_mapping)
 
 
 def add(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -137,8 +168,14 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     return functional.silu(x)
 
 
-def silu_multiply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``; both may be halves of one fused projection's result."""
+def relu(x: torch.Tensor) -> torch.Tensor:
+    """``max(x, 0)``."""
+    return functional.relu(x)
+
+
+def silu_multiply(x: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of a joined projection's result [num_tokens, 2 * width], the gate's columns first."""
+    gate, up = x.chunk(2, dim=-1)
     return functional.silu(gate) * up
 
 
@@ -165,6 +202,6 @@ def all_reduce(x: torch.Tensor, communicator: "Communicator") -> torch.Tensor:
     return communicator.all_reduce(x)
 
 
-def all_gather(x: torch.Tensor, communicator: "Communicator") -> torch.Tensor:
-    """All ranks' tensors side by side in the width."""
-    return communicator.all_gather(x)
+def all_gather(x: torch.Tensor, communicator: "Communicator", *, width: int) -> torch.Tensor:
+    """All ranks' tensors side by side, cut to ``width`` columns (the last rank's may be padded)."""
+    return communicator.all_gather(x)[..., :width]

@@ -1,0 +1,1 @@
+"""What ``/metrics`` says, under vLLM's names and, for what is new, our own."""

@@ -1,0 +1,66 @@
+"""Makes a rank's weights: each is allocated once on its device and filled slice by slice."""
+
+from typing import Protocol
+
+import torch
+
+from backends.weights.progress import Progress
+from sagellm.runtime.execution_graph.ir import ExecutionGraph
+from sagellm.runtime.execution_graph.tensors import WeightSource, WeightSpec
+
+
+class WeightSupply(Protocol):
+    """Where tensors come from: a ``Checkpoint``, or ``DummyWeights``."""
+
+    def check(self, sources: dict[str, WeightSource]) -> None:
+        """Raises ``ValueError`` where the tensors are not those of the model."""
+
+    def fill(self, target: torch.Tensor, source: WeightSource, dim: int, first: int, end: int) -> None:
+        """Write the range ``first : end`` of dimension ``dim`` of the source into ``target``."""
+
+
+def load_weights(
+    graph: ExecutionGraph, supply: WeightSupply, *, rank: int, device: torch.device | str, progress: Progress
+) -> dict[str, torch.Tensor]:
+    """The weights of one rank of ``graph.tp`` by the graph's names, in the graph's types, on ``device``.
+
+    Two weights that are made from the same parts are one tensor. Raises ``ValueError`` where ``supply``
+    has not the tensors of the model.
+    """
+    supply.check({source.name: source for spec in graph.weights for source in spec.sources})
+    dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in graph.tensors if tensor.kind == "weight"}
+    loaded: dict[tuple[object, ...], torch.Tensor] = {}
+    weights = {}
+    progress.begin(sum(_num_bytes(spec, dtypes[spec.name]) for spec in graph.weights))
+    for spec in graph.weights:
+        made_from = (spec.sources, spec.shape, dtypes[spec.name])
+        if made_from not in loaded:
+            loaded[made_from] = _load_weight(spec, supply, rank, graph.tp, dtypes[spec.name], device)
+        weights[spec.name] = loaded[made_from]
+        progress.advance(_num_bytes(spec, dtypes[spec.name]))
+    progress.end()
+    return weights
+
+
+def _load_weight(
+    spec: WeightSpec, supply: WeightSupply, rank: int, tp: int, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    parts = [source.rank_shape for source in spec.sources]
+    weight = torch.empty((sum(part[0] for part in parts), *parts[0][1:]), dtype=dtype, device=device)
+    row = 0
+    for source, part in zip(spec.sources, parts, strict=True):
+        dim, first, end = source.range_of(rank, tp)
+        place = weight[row : row + part[0]]
+        if end - first < part[dim]:
+            place.narrow(dim, end - first, part[dim] - (end - first)).zero_()
+        if end > first:
+            supply.fill(place.narrow(dim, 0, end - first), source, dim, first, end)
+        row += part[0]
+    return weight.view(spec.shape)
+
+
+def _num_bytes(spec: WeightSpec, dtype: torch.dtype) -> int:
+    count = 1
+    for size in spec.shape:
+        count *= size
+    return count * dtype.itemsize

@@ -1,0 +1,148 @@
+"""KV on its way from instance to instance: both ends of it, as one instance sees them.
+
+Data names the blocks that it is for. It is written only while these blocks are reserved for that
+request and that sender: whatever comes late, twice, or from somebody who is lost is dropped, and
+answered as failed. The answer closes the transfer at its source. A cancelled transfer is closed by the
+answer, too, for only the receiver knows whether the data was written; the question is repeated until
+it is answered, so that no lost answer leaves blocks behind.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import assert_never
+
+from sagellm.core.identity import InstanceId, RequestId, TransferId
+from sagellm.core.messages import (
+    KVReserved,
+    KVTransferFailed,
+    KVTransferred,
+    TransferKV,
+)
+from sagellm.core.step_executor import StepExecutor
+from sagellm.server.live.wire import PeerMessage, TransferAnswer, TransferCancelled, TransferData
+
+ASK_AGAIN_NS = 1_000_000_000
+_ANSWERS_KEPT = 4096
+
+TransferEnd = KVTransferred | KVTransferFailed
+SendToPeer = Callable[[InstanceId, PeerMessage], None]
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    target_id: InstanceId
+    ask_ns: int | None = None  # when to ask next what became of it; None: it was not cancelled
+
+
+class KVTransfers:
+    """Transfers from and to one instance."""
+
+    def __init__(self, instance_id: InstanceId, executor: StepExecutor, send: SendToPeer) -> None:
+        self._instance_id = instance_id
+        self._executor = executor
+        self._send = send
+        self._outgoing: dict[TransferId, _Outgoing] = {}
+        self._reserved: dict[RequestId, KVReserved] = {}
+        self._answers: OrderedDict[TransferId, TransferAnswer] = OrderedDict()
+        self._lost: dict[InstanceId, None] = {}
+
+    # --- the receiving end -------------------------------------------------------------------------
+
+    def open(self, answer: KVReserved) -> None:
+        """This instance has room for a request's KV, and said so to the sender."""
+        self._reserved[answer.request_id] = answer
+
+    def shut(self, request_id: RequestId) -> None:
+        """Nothing may be written for the request any more."""
+        self._reserved.pop(request_id, None)
+
+    # --- the sending end ---------------------------------------------------------------------------
+
+    def start(self, transfer: TransferKV) -> KVTransferFailed | None:
+        """Send the blocks; the failure, where nobody is there to take them."""
+        target_id = transfer.target_instance_id
+        if target_id in self._lost:
+            return KVTransferFailed(transfer.transfer_id, f"{target_id} is lost")
+        self._outgoing[transfer.transfer_id] = _Outgoing(target_id)
+        data = self._executor.read_blocks(transfer.source_block_ids)
+        message = TransferData(
+            transfer.transfer_id, transfer.request_id, self._instance_id, transfer.target_block_ids, data
+        )
+        self._send(target_id, message)
+        return None
+
+    def cancel(self, transfer_id: TransferId, now_ns: int) -> None:
+        """Have the transfer closed soon, by whichever end is true."""
+        outgoing = self._outgoing.get(transfer_id)
+        if outgoing is not None:
+            outgoing.ask_ns = now_ns
+            self.ask(now_ns)
+
+    def ask(self, now_ns: int) -> None:
+        """Ask the receivers of cancelled transfers, where it is time to."""
+        for transfer_id, outgoing in self._outgoing.items():
+            if outgoing.ask_ns is not None and outgoing.ask_ns <= now_ns:
+                outgoing.ask_ns = now_ns + ASK_AGAIN_NS
+                self._send(outgoing.target_id, TransferCancelled(transfer_id, self._instance_id))
+
+    @property
+    def ask_ns(self) -> int | None:
+        """When `ask` has something to do."""
+        return min((each.ask_ns for each in self._outgoing.values() if each.ask_ns is not None), default=None)
+
+    # --- both --------------------------------------------------------------------------------------
+
+    def receive(self, message: PeerMessage) -> TransferEnd | None:
+        """A peer's message; the end of one of our own transfers, if it is that."""
+        match message:
+            case TransferData():
+                if message.source_instance_id not in self._lost:
+                    self._answer(message.source_instance_id, self._write(message))
+                return None
+            case TransferCancelled(transfer_id=transfer_id, source_instance_id=source_id):
+                if source_id not in self._lost:
+                    answer = self._answers.get(transfer_id) or TransferAnswer(transfer_id, "cancelled")
+                    self._answer(source_id, answer)
+                return None
+            case TransferAnswer(transfer_id=transfer_id, failure=failure):
+                if self._outgoing.pop(transfer_id, None) is None:
+                    return None
+                return KVTransferred(transfer_id) if failure is None else KVTransferFailed(transfer_id, failure)
+            case _:
+                assert_never(message)
+
+    def lose_peer(self, peer_id: InstanceId) -> list[KVTransferFailed]:
+        """That instance is gone; the ends of what was on its way there."""
+        self._lost[peer_id] = None
+        late = [transfer_id for transfer_id, each in self._outgoing.items() if each.target_id == peer_id]
+        for transfer_id in late:
+            del self._outgoing[transfer_id]
+        for request_id in [each.request_id for each in self._reserved.values() if each.instance_id == peer_id]:
+            del self._reserved[request_id]
+        return [KVTransferFailed(transfer_id, f"{peer_id} is lost") for transfer_id in late]
+
+    def _write(self, message: TransferData) -> TransferAnswer:
+        transfer_id = message.transfer_id
+        earlier = self._answers.get(transfer_id)
+        if earlier is not None:
+            return earlier
+        reserved = self._reserved.get(message.request_id)
+        is_open = (
+            reserved is not None
+            and reserved.instance_id == message.source_instance_id
+            and set(message.target_block_ids).issubset(reserved.block_ids)
+        )
+        if not is_open:
+            return TransferAnswer(transfer_id, "the blocks are not reserved for it any more")
+        try:
+            self._executor.write_blocks(message.target_block_ids, message.data)
+        except ValueError as error:
+            return TransferAnswer(transfer_id, f"{self._instance_id} cannot take the KV: {error}")
+        return TransferAnswer(transfer_id)
+
+    def _answer(self, source_id: InstanceId, answer: TransferAnswer) -> None:
+        self._answers[answer.transfer_id] = answer
+        if len(self._answers) > _ANSWERS_KEPT:
+            self._answers.popitem(last=False)
+        self._send(source_id, answer)

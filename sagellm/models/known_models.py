@@ -4,9 +4,11 @@ from importlib import resources
 from pathlib import Path
 
 from sagellm.models.config_file import parse_model_config, read_model_config
+from sagellm.models.model_config import ModelConfig
 from sagellm.models.model_shape import ModelShape
 
-# Hub id -> file of the shipped configuration. The instruction-tuned models have the same shape.
+# Hub id -> file of the shipped configuration. The instruction-tuned models have the same shape. Those of
+# sagellm have no checkpoint: they are for random weights, small enough for a CPU.
 _CONFIG_FILES = {
     "Qwen/Qwen2.5-7B": "qwen2.5-7b",
     "Qwen/Qwen2.5-14B": "qwen2.5-14b",
@@ -16,11 +18,14 @@ _CONFIG_FILES = {
     "Qwen/Qwen3-8B": "qwen3-8b",
     "Qwen/Qwen3-14B": "qwen3-14b",
     "Qwen/Qwen3-32B": "qwen3-32b",
+    "Qwen/Qwen3-30B-A3B": "qwen3-30b-a3b",
     "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
     "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
     "mistralai/Mistral-7B-v0.3": "mistral-7b-v0.3",
     "facebook/opt-13b": "opt-13b",
     "facebook/opt-66b": "opt-66b",
+    "sagellm/toy": "toy",
+    "sagellm/qwen3-100m": "qwen3-100m",
 }
 
 
@@ -29,7 +34,12 @@ def known_model_ids() -> tuple[str, ...]:
 
 
 def load_model(name_or_path: str) -> ModelShape:
-    """The shape of a known model, or of the ``config.json`` (or the folder that holds one) at a path.
+    """The shape of ``load_model_config``'s model, all that prices and memory need."""
+    return load_model_config(name_or_path).shape
+
+
+def load_model_config(name_or_path: str) -> ModelConfig:
+    """A known model, or that of the ``config.json`` (or the folder that holds one) at a path.
 
     Case, the owner before the slash and an ``-Instruct``, ``-Base`` or ``-Chat`` ending make no difference
     for known models. Raises ``ValueError`` where the name is neither.

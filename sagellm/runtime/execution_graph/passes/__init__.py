@@ -1,0 +1,1 @@
+"""What rewrites an execution graph without changing its meaning."""

@@ -1,0 +1,205 @@
+"""From an execution graph to a program: every choice that does not depend on the step is made here, once."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from backends.lowering.operator_calls import OperatorCall, RankContext, operator_call
+from backends.lowering.program import GraphProgram, Launch, PrepareAttention, StepState
+from backends.lowering.registers import Registers
+from backends.operators.communicator import Communicator, SingleRank
+from backends.operators.registry import Kernel, KernelRegistry
+from backends.operators.rotary_table import rotary_table
+from backends.step_inputs import StepInputs
+from sagellm.models.rope import Rope
+from sagellm.runtime.execution_graph.ir import ExecutionGraph, Node
+from sagellm.runtime.execution_graph.operators import AllReduce, Attention, KVSend
+
+
+def lower(
+    graph: ExecutionGraph,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    kernels: KernelRegistry,
+    backend: str,
+    device: torch.device | str,
+    num_positions: int,
+    communicator: Communicator | None = None,
+) -> GraphProgram:
+    """A program for one rank of the graph.
+
+    Each operator gets ``backend``'s kernel, or the reference where it has none. ``num_positions`` is the
+    longest context that will occur, in tokens. All nodes run on one stream, in the graph's order; what a
+    graph says of streams is a matter of speed. ``KVSend`` nodes are left out: blocks are sent by whoever
+    drives the instance, when the step is over.
+
+    Raises ``ValueError`` where the group is not of the graph's size.
+    """
+    communicator = communicator or SingleRank()
+    if communicator.size != graph.tp:
+        raise ValueError(f"communicator: its size is {communicator.size}, must be the graph's tp ({graph.tp})")
+    return _Lowering(graph, weights, kernels, backend, communicator, _RotaryTables(num_positions, device)).program()
+
+
+class _RotaryTables:
+    """One table for all layers that share a rope."""
+
+    def __init__(self, num_positions: int, device: torch.device | str) -> None:
+        self._num_positions = num_positions
+        self._device = device
+        self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
+
+    def table(self, rope: Rope, head_dim: int) -> torch.Tensor:
+        if (rope, head_dim) not in self._tables:
+            self._tables[rope, head_dim] = rotary_table(rope, head_dim, self._num_positions, self._device)
+        return self._tables[rope, head_dim]
+
+
+class _Lowering:
+    """Binds node after node."""
+
+    def __init__(
+        self,
+        graph: ExecutionGraph,
+        weights: Mapping[str, torch.Tensor],
+        kernels: KernelRegistry,
+        backend: str,
+        communicator: Communicator,
+        tables: _RotaryTables,
+    ) -> None:
+        self._graph = graph
+        self._weights = weights
+        self._kernels = kernels
+        self._backend = backend
+        self._rank = RankContext(communicator, tables.table)
+        self._registers = Registers(graph)
+        self._windows: list[int] = []  # sliding windows that occur
+
+    def program(self) -> GraphProgram:
+        graph, registers = self._graph, self._registers
+        nodes = [node for node in graph.nodes if not isinstance(node.operator, KVSend)]
+        launches = tuple(self._launch(node) for node in nodes)
+        logits = graph.tensors_by_name[graph.outputs[0]]
+        return GraphProgram(
+            launches,
+            num_registers=registers.count,
+            input_registers={name: registers.by_name[name] for name in graph.inputs},
+            output_register=registers.by_name[logits.name],
+            prepare_attention=tuple(self._prepare(window) for window in self._windows),
+            num_views=sum(node.operator.is_view for node in nodes),
+            vocab_size=logits.width,
+        )
+
+    def _launch(self, node: Node) -> Launch:
+        weights = tuple(self._weights[name] for name in node.inputs if name in self._weights)
+        sources = self._registers.numbers(tuple(name for name in node.inputs if name not in self._weights))
+        targets = self._registers.numbers(node.outputs)
+        dead = self._registers.numbers(self._registers.dead_after[node.name])
+        call = operator_call(node.operator, weights, self._rank)
+        kernel = self._kernels.kernel(self._backend, call.kernel)
+        run = self._bind(node, kernel, call, (*weights, *call.constants), sources, targets)
+        return Launch(node.name, call.kernel, run, dead)
+
+    def _bind(
+        self,
+        node: Node,
+        kernel: Kernel,
+        call: OperatorCall,
+        constants: tuple[Any, ...],
+        sources: tuple[int, ...],
+        targets: tuple[int, ...],
+    ) -> Callable[[StepState], None]:
+        operator = node.operator
+        if isinstance(operator, Attention):
+            return _attention(kernel.run, sources[0], targets[0], node.layer or 0, self._window(operator), call)
+        if operator.writes_kv:
+            return _kv_writer(kernel.run, sources, targets, constants, node.layer or 0, call.attributes)
+        if isinstance(operator, AllReduce) and node.inputs[0] not in self._registers.dead_after[node.name]:
+            return _plain(_on_a_copy(kernel.run), sources, targets, constants, call.attributes)
+        return _plain(kernel.run, sources, targets, constants, call.attributes)
+
+    def _window(self, operator: Attention) -> int:
+        if operator.sliding_window not in self._windows:
+            self._windows.append(operator.sliding_window)
+        return self._windows.index(operator.sliding_window)
+
+    def _prepare(self, sliding_window: int) -> PrepareAttention:
+        prepare = self._kernels.kernel(self._backend, "attention").prepare
+        if prepare is None:
+            return lambda inputs, block_size: inputs
+
+        def prepared(inputs: StepInputs, block_size: int) -> Any:
+            return prepare(inputs, block_size=block_size, sliding_window=sliding_window)
+
+        return prepared
+
+
+def _plain(
+    run: Callable[..., Any],
+    sources: tuple[int, ...],
+    targets: tuple[int, ...],
+    constants: tuple[Any, ...],
+    attributes: dict[str, Any],
+) -> Callable[[StepState], None]:
+    """``run`` of registers and constants; one function for each number of registers, to keep steps short."""
+    if len(targets) != 1:
+
+        def many_outputs(step: StepState) -> None:
+            registers = step.registers
+            results = run(*[registers[source] for source in sources], *constants, **attributes)
+            for target, result in zip(targets, results, strict=True):
+                registers[target] = result
+
+        return many_outputs
+    target = targets[0]
+    if len(sources) == 1:
+        source = sources[0]
+
+        def one_input(step: StepState) -> None:
+            step.registers[target] = run(step.registers[source], *constants, **attributes)
+
+        return one_input
+
+    def several_inputs(step: StepState) -> None:
+        registers = step.registers
+        registers[target] = run(*[registers[source] for source in sources], *constants, **attributes)
+
+    return several_inputs
+
+
+def _kv_writer(
+    run: Callable[..., Any],
+    sources: tuple[int, ...],
+    targets: tuple[int, ...],
+    constants: tuple[Any, ...],
+    layer: int,
+    attributes: dict[str, Any],
+) -> Callable[[StepState], None]:
+    def write(step: StepState) -> None:
+        registers, kv = step.registers, step.kv
+        cache = (kv.keys[layer], kv.values[layer], step.inputs.slot_mapping)
+        result = run(*[registers[source] for source in sources], *constants, *cache, **attributes)
+        for target in targets:
+            registers[target] = result
+
+    return write
+
+
+def _attention(
+    run: Callable[..., Any], source: int, target: int, layer: int, window: int, call: OperatorCall
+) -> Callable[[StepState], None]:
+    attributes = call.attributes
+
+    def attend(step: StepState) -> None:
+        registers, kv = step.registers, step.kv
+        registers[target] = run(
+            registers[source], kv.keys[layer], kv.values[layer], step.attention_inputs[window], **attributes
+        )
+
+    return attend
+
+
+def _on_a_copy(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A reduction may write over its input, which somebody still reads."""
+    return lambda x, *constants: run(x.clone(), *constants)

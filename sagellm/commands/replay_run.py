@@ -1,4 +1,4 @@
-"""What ``sagellm replay`` does: read, simulate cluster after cluster, compare, write.
+"""What ``sagellm replay`` does: read, simulate cluster after cluster, send to servers, compare, write.
 
 Everything that can be wrong with what the user gave is found before the first simulation begins.
 """
@@ -17,9 +17,12 @@ from sagellm.cluster.errors import ClusterFileError
 from sagellm.cluster.reading import read_cluster
 from sagellm.commands.output_set import OutputPaths, OutputSet, open_outputs
 from sagellm.commands.progress import progress_bar
+from sagellm.commands.replay_targets import ReplayTargets, check_outputs
+from sagellm.commands.served_run import notes_on, run_on_server, server_settings
 from sagellm.commands.trace_choice import choose_trace
 from sagellm.commands.user_error import user_errors
 from sagellm.core.request import LatencySLO
+from sagellm.load_client.endpoint import ServerUnusableError
 from sim.cluster_file import sim_cluster
 from sim.replay import replay
 from sim.report.csv_report import write_request_rows
@@ -38,7 +41,9 @@ class ReplayOptions:
     """The command line of ``sagellm replay``."""
 
     trace: str
-    clusters: tuple[str, ...]
+    targets: ReplayTargets
+    on_model: str | None
+    request_timeout_s: float
     rate: float | None
     rate_scale: float | None
     limit: int | None
@@ -55,9 +60,11 @@ def run_replay(options: ReplayOptions) -> None:
         UserError: something that the user gave is wrong.
     """
     started_s = time.perf_counter()
-    with user_errors(ClusterFileError, TraceError, OutputError):
-        clusters = [read_cluster(name) for name in options.clusters]
-        names = run_names(clusters)
+    with user_errors(ClusterFileError, TraceError, OutputError, ServerUnusableError):
+        check_outputs(options.targets, options.outputs)
+        clusters = [read_cluster(name) for name in options.targets.clusters]
+        names = distinct([cluster.name for cluster in clusters])
+        server_names = distinct([endpoint.base_url for endpoint in options.targets.servers])
         slo = options.slo or shared_slo(clusters)
         trace = choose_trace(
             options.trace,
@@ -66,26 +73,34 @@ def run_replay(options: ReplayOptions) -> None:
             num_requests_max=options.limit,
             seed=options.seed,
         )
+        servers = [
+            server_settings(endpoint, options.on_model, options.request_timeout_s)
+            for endpoint in options.targets.servers
+        ]
         with open_outputs(options.outputs, names) as outputs:
             runs = [
                 simulate(cluster, name, trace, slo, options, outputs.logs[index] if outputs.logs else None)
                 for index, (cluster, name) in enumerate(zip(clusters, names, strict=True))
             ]
+            runs += [
+                run_on_server(settings, name, trace, slo, options.seed)
+                for settings, name in zip(servers, server_names, strict=True)
+            ]
             write_outputs(outputs, runs, trace)
     click.echo(f"{len(trace.requests):,} requests of {trace.name}, seed {options.seed}; SLO: {describe_slo(slo)}")
-    for note in trace.notes:
+    for note in (*trace.notes, *(note for run in runs for note in notes_on(run))):
         click.echo(f"note: {note}")
     click.echo(f"\n{render_table(runs)}\n\n{verdict(runs)}")
     click.echo(f"Took {time.perf_counter() - started_s:.1f} s.")
 
 
-def run_names(clusters: Sequence[ClusterDescription]) -> list[str]:
-    """The clusters' names, with a number after those that have occurred before."""
-    names: list[str] = []
-    for cluster in clusters:
-        num_before = sum(earlier.name == cluster.name for earlier in clusters[: len(names)])
-        names.append(f"{cluster.name}-{num_before + 1}" if num_before else cluster.name)
-    return names
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, with a number after those that have occurred before."""
+    numbered: list[str] = []
+    for name in names:
+        num_before = names[: len(numbered)].count(name)
+        numbered.append(f"{name}-{num_before + 1}" if num_before else name)
+    return numbered
 
 
 def shared_slo(clusters: Sequence[ClusterDescription]) -> LatencySLO:
@@ -152,4 +167,4 @@ def write_pictures(outputs: OutputSet, runs: Sequence[SummarisedRun], trace: Tra
     if outputs.report is not None:
         write_html_report(outputs.report, report_runs, verdict(runs))
     if outputs.perfetto is not None:
-        write_perfetto(outputs.perfetto, report_runs)
+        write_perfetto(outputs.perfetto, [run for run in report_runs if run.profile_status is not None])

@@ -105,7 +105,7 @@ def _headline(runs: Sequence[ReportRun]) -> str:
 def _run_key(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
     items = []
     for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        status = escape(run.profile_status)
+        status = escape(run.profile_status or "a server")
         items.append(
             f'<li><i class="swatch {run_class(index)}"></i>{escape(label)} <span class="status">{status}</span></li>'
         )
@@ -149,10 +149,8 @@ def _middle(names: Sequence[str]) -> int:
 def _chart_sections(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
     latencies = [latency_run(label, run.metrics, _duration_s(run)) for label, run in zip(labels, runs, strict=True)]
     transfers = [transfer_run(label, run.metrics.transfers) for label, run in zip(labels, runs, strict=True)]
-    kind, num_bins = kv_kind(runs), panel_bins(runs)
-    high_s = longest_run_s(runs)
-    loads = [load_run(label, run, high_s, num_bins, kind) for label, run in zip(labels, runs, strict=True)]
-    binned = "Line: mean over each of {} intervals. Shade: up to the greatest value in it."
+    # Servers do not show their load. Their runs come last, so that the others keep their colours.
+    simulated = [(label, run) for label, run in zip(labels, runs, strict=True) if run.profile_status is not None]
     return "".join(
         (
             _section("Latency", LATENCY_NOTE, distribution_charts(latencies)),
@@ -161,15 +159,23 @@ def _chart_sections(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
                 "Requests inside both limits, as one limit moves.",
                 attainment_charts(latencies),
             ),
-            _waiting_section(loads, binned.format(BINS_MAX)),
-            _section(
-                "Load and KV use per instance",
-                f"All panels share their axes. {binned.format(num_bins)}",
-                load_charts(loads, kind),
-                grid=False,
-            ),
+            _load_sections(simulated) if simulated else "",
             _section("KV transfers", "From prefill to decode instances.", transfer_charts(transfers)),
         )
+    )
+
+
+def _load_sections(labelled_runs: Sequence[tuple[str, ReportRun]]) -> str:
+    runs = [run for _, run in labelled_runs]
+    kind, num_bins = kv_kind(runs), panel_bins(runs)
+    high_s = longest_run_s(runs)
+    loads = [load_run(label, run, high_s, num_bins, kind) for label, run in labelled_runs]
+    binned = "Line: mean over each of {} intervals. Shade: up to the greatest value in it."
+    return _waiting_section(loads, binned.format(BINS_MAX)) + _section(
+        "Load and KV use per instance",
+        f"All panels share their axes. {binned.format(num_bins)}",
+        load_charts(loads, kind),
+        grid=False,
     )
 
 
@@ -202,14 +208,21 @@ def _provenance(runs: Sequence[ReportRun], labels: Sequence[str]) -> str:
         records = run.metrics.requests.values()
         num_completed = sum(record.e2el_ns is not None for record in records)
         num_rejected = sum(record.reject_reason is not None for record in records)
-        meaning = STATUS_MEANING.get(run.profile_status, "")
         facts = (
             f"Trace {run.trace}, seed {run.seed}. {len(records):,} requests: {num_completed:,} completed, "
-            f"{num_rejected:,} rejected, {len(records) - num_completed - num_rejected:,} failed; "
-            f"{run.metrics.num_steps:,} forward passes. Profile status {run.profile_status}"
-            + (f": {meaning}" if meaning else ".")
+            f"{num_rejected:,} rejected, {len(records) - num_completed - num_rejected:,} failed"
+            f"{_pricing(run)}"
         )
         notes = "".join(f"<p>{escape(note)}</p>" for note in run.notes)
         swatch = f'<i class="swatch {run_class(index)}"></i>'
         items.append(f"<dt>{swatch}{escape(label)}</dt><dd><p>{escape(facts)}</p>{notes}</dd>")
     return "".join(items)
+
+
+def _pricing(run: ReportRun) -> str:
+    """The end of a sentence on a run: what its times are made of."""
+    if run.profile_status is None:
+        return ". Times are those that a client of the server saw; it knows nothing of steps and KV."
+    meaning = STATUS_MEANING.get(run.profile_status, "")
+    passes = f"; {run.metrics.num_steps:,} forward passes. Profile status {run.profile_status}"
+    return passes + (f": {meaning}" if meaning else ".")

@@ -4,15 +4,24 @@ import json
 from collections.abc import Sequence
 from typing import IO, Any
 
+from sim.report.comparison import differences, reference_run
 from sim.report.statistics import Distribution
-from sim.report.summarised_run import SummarisedRun
+from sim.report.summarised_run import ServedRun, SummarisedRun
 
 SCHEMA = 1
 
 
 def write_json_report(file: IO[str], runs: Sequence[SummarisedRun]) -> None:
-    """Write ``{"schema": 1, "runs": [...]}``. Latencies are in ms; what is not defined for a run is null."""
-    json.dump({"schema": SCHEMA, "runs": [_run_object(run) for run in runs]}, file, indent=2, allow_nan=False)
+    """Write ``{"schema": 1, "runs": [...]}``. Latencies are in ms; what is not defined for a run is null.
+
+    A run on a server has one key more, ``served``. Where there are simulated runs beside it, ``differences``
+    says how far each is from what the server did.
+    """
+    report: dict[str, Any] = {"schema": SCHEMA, "runs": [_run_object(run) for run in runs]}
+    reference = reference_run(runs)
+    if reference is not None:
+        report["differences"] = [_differences(run, reference) for run in runs if run.served is None]
+    json.dump(report, file, indent=2, allow_nan=False)
     file.write("\n")
 
 
@@ -42,6 +51,24 @@ def _run_object(run: SummarisedRun) -> dict[str, Any]:
         **_latencies("tpot", summary.tpot),
         **_latencies("itl", summary.itl),
         **_latencies("e2el", summary.e2el),
+        **({} if run.served is None else {"served": _served(run.served)}),
+    }
+
+
+def _served(served: ServedRun) -> dict[str, Any]:
+    return {
+        "model": served.model,
+        **_latencies("lateness", served.lateness),
+        "failures": dict(served.failures),
+    }
+
+
+def _differences(run: SummarisedRun, reference: SummarisedRun) -> dict[str, Any]:
+    """``value / reference - 1`` by figure, under the names that figures have in ``runs``."""
+    return {
+        "cluster": run.cluster,
+        "reference": reference.cluster,
+        "relative": {difference.figure: difference.relative for difference in differences(run, reference)},
     }
 
 

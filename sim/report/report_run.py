@@ -19,7 +19,7 @@ class ReportInstance:
 
 @dataclass(frozen=True, slots=True)
 class ReportRun:
-    """One run of one trace on one cluster.
+    """One run of one trace on one cluster, or on a server.
 
     ``summary_rows`` are (name, value with unit) in the order of the summary table. ``instances`` may be
     empty: instances are then taken from the timelines, and KV use is given in blocks, not per cent.
@@ -29,7 +29,7 @@ class ReportRun:
     cluster: str
     trace: str
     seed: int
-    profile_status: str
+    profile_status: str | None  # None: a server, seen from outside; no steps and no KV are known
     metrics: RunMetrics
     summary_rows: tuple[tuple[str, str], ...] = ()
     instances: tuple[ReportInstance, ...] = ()

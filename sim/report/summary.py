@@ -1,7 +1,7 @@
 """One run in numbers. The definitions are those of the project's glossary, stated beside each field."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class KVUse:
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """What a run came to. Ratios are shares of 1; a value that is not defined for this run is None."""
+    """What a run came to. Ratios are shares of 1; a value that is not defined or not known for this run is None."""
 
     num_requests: int
     completed: int  # ended with stop or length
@@ -46,8 +46,8 @@ class RunSummary:
     slo_attainment: float | None  # share of all requests that keep all limits; the rejected are in the denominator
     ttft_attainment: float | None  # share of all requests that keep the TTFT limit
     tpot_attainment: float | None  # the same for TPOT; a single token keeps any limit
-    num_steps: int  # forward passes
-    num_preemptions: int
+    num_steps: int | None  # forward passes; None: not known, as a client of a server sees none
+    num_preemptions: int | None
     prefix_hit_ratio: float | None  # cached prompt tokens / prompt tokens of admitted requests
     ttft: Distribution | None  # first token minus arrival, of completed requests
     tpot: Distribution | None  # (E2E - TTFT) / (output tokens - 1), of those with two tokens or more
@@ -93,6 +93,11 @@ def summarise(metrics: RunMetrics, num_blocks: Mapping[InstanceId, int]) -> RunS
         ),
         kv_use=_kv_use(metrics.timelines, num_blocks),
     )
+
+
+def summarise_served(metrics: RunMetrics) -> RunSummary:
+    """The same of what a client saw of a server. It knows nothing of steps, preemptions, KV and transfers."""
+    return replace(summarise(metrics, {}), num_steps=None, num_preemptions=None)
 
 
 def _duration_s(records: Sequence[RequestRecord]) -> float | None:

@@ -1,10 +1,11 @@
-"""The table in the terminal: metrics as rows, clusters as columns."""
+"""The table in the terminal: metrics as rows, clusters as columns, and how far simulations are from a server."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
 from sagellm.core.request import LatencySLO
+from sim.report.comparison import reference_run, relative_difference
 from sim.report.statistics import Distribution
 from sim.report.summarised_run import SummarisedRun
 
@@ -28,13 +29,14 @@ class _Metric:
     detail: str
     value: Callable[[SummarisedRun], float | str | None]
     show: Callable[[float], str] = "{:,.0f}".format
+    compared: bool = False  # with a server's, where there is one
 
 
 def render_table(runs: Sequence[SummarisedRun]) -> str:
     """The whole table, with a heading; ``runs`` is not empty."""
     rows = table_rows(runs)
-    heading = Row("", "", tuple(run.cluster for run in runs))
-    widths = [max(len(row.cells[column]) for row in (heading, *rows)) for column in range(len(runs))]
+    heading = Row("", "", _headings(runs))
+    widths = [max(len(row.cells[column]) for row in (heading, *rows)) for column in range(len(heading.cells))]
     label_width = max(len(row.metric) for row in rows)
     detail_width = max(len(row.detail) for row in rows)
 
@@ -46,14 +48,28 @@ def render_table(runs: Sequence[SummarisedRun]) -> str:
     return "\n".join([line(heading), rule, *map(line, rows)])
 
 
+def _headings(runs: Sequence[SummarisedRun]) -> tuple[str, ...]:
+    simulated = _compared_runs(runs)
+    if len(simulated) == 1:
+        return (*(run.cluster for run in runs), "difference")
+    return (*(run.cluster for run in runs), *(f"{run.cluster}, difference" for run in simulated))
+
+
+def _compared_runs(runs: Sequence[SummarisedRun]) -> list[SummarisedRun]:
+    """The simulated runs, where there is a server to compare them with."""
+    return [] if reference_run(runs) is None else [run for run in runs if run.served is None]
+
+
 def table_rows(runs: Sequence[SummarisedRun]) -> list[Row]:
-    """The table's lines, top to bottom."""
+    """The table's lines, top to bottom: a cell for each run, then one for each simulation held against a server."""
     rows: list[Row] = []
     label = ""
-    for metric in (*_outcome_metrics(), *_latency_metrics(), *_throughput_metrics(runs[0].slo), *_machine_metrics()):
+    metrics = (*_outcome_metrics(), *_latency_metrics(), *_throughput_metrics(runs[0].slo), *_machine_metrics())
+    for metric in (*metrics, *(_client_metrics() if any(run.served for run in runs) else ())):
         shown_label = "" if metric.metric == label else metric.metric
         label = metric.metric
-        rows.append(Row(shown_label, metric.detail, tuple(_cell(metric, run) for run in runs)))
+        cells = (*(_cell(metric, run) for run in runs), *_difference_cells(metric, runs))
+        rows.append(Row(shown_label, metric.detail, cells))
     return rows
 
 
@@ -74,6 +90,20 @@ def _cell(metric: _Metric, run: SummarisedRun) -> str:
     return value if isinstance(value, str) else metric.show(value)
 
 
+def _difference_cells(metric: _Metric, runs: Sequence[SummarisedRun]) -> Iterator[str]:
+    """Simulated against served, in per cent of the latter; blank for what is not compared."""
+    reference = reference_run(runs)
+    for run in _compared_runs(runs):
+        value, served = metric.value(run), None if reference is None else metric.value(reference)
+        if not metric.compared:
+            yield ""
+        elif isinstance(value, str) or isinstance(served, str):
+            yield MISSING
+        else:
+            difference = relative_difference(value, served)
+            yield MISSING if difference is None else f"{100 * difference:+.1f} %"
+
+
 def _outcome_metrics() -> Iterator[_Metric]:
     for name in ("completed", "rejected", "failed"):
         yield _Metric("requests", name, attrgetter(f"summary.{name}"))
@@ -82,13 +112,13 @@ def _outcome_metrics() -> Iterator[_Metric]:
 def _latency_metrics() -> Iterator[_Metric]:
     for label, name in (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E latency", "e2el")):
         for detail, statistic in (("mean", "mean_ms"), ("p50", "median_ms"), ("p90", "p90_ms"), ("p99", "p99_ms")):
-            yield _Metric(f"{label} (ms)", detail, _statistic(name, statistic), _milliseconds)
+            yield _Metric(f"{label} (ms)", detail, _statistic(name, statistic), _milliseconds, compared=True)
 
 
 def _throughput_metrics(slo: LatencySLO) -> Iterator[_Metric]:
-    yield _Metric("throughput", "requests/s", attrgetter("summary.request_throughput"), "{:,.2f}".format)
-    yield _Metric("throughput", "output tokens/s", attrgetter("summary.output_throughput"))
-    yield _Metric("throughput", "all tokens/s", attrgetter("summary.total_token_throughput"))
+    yield _Metric("throughput", "requests/s", attrgetter("summary.request_throughput"), "{:,.2f}".format, True)
+    yield _Metric("throughput", "output tokens/s", attrgetter("summary.output_throughput"), compared=True)
+    yield _Metric("throughput", "all tokens/s", attrgetter("summary.total_token_throughput"), compared=True)
     yield _Metric("goodput", "requests/s", attrgetter("summary.request_goodput"), "{:,.2f}".format)
     for detail, name in (("both limits", "slo"), ("TTFT limit", "ttft"), ("TPOT limit", "tpot")):
         if slo != LatencySLO():
@@ -104,8 +134,21 @@ def _machine_metrics() -> Iterator[_Metric]:
         yield _Metric("KV transfer (ms)", detail, _statistic("transfer", statistic), _milliseconds)
     yield _Metric("steps", "", attrgetter("summary.num_steps"))
     yield _Metric("cost profile", "status", attrgetter("profile_status"))
-    yield _Metric("simulated time", "s", attrgetter("summary.duration_s"), "{:,.1f}".format)
+    yield _Metric("duration", "s", attrgetter("summary.duration_s"), "{:,.1f}".format)
     yield _Metric("wall time", "s", attrgetter("wall_s"), "{:,.2f}".format)
+
+
+def _client_metrics() -> Iterator[_Metric]:
+    for detail, statistic in (("p50", "median_ms"), ("p99", "p99_ms")):
+        yield _Metric("sent late (ms)", detail, _lateness(statistic), _milliseconds)
+
+
+def _lateness(statistic: str) -> Callable[[SummarisedRun], float | None]:
+    def value(run: SummarisedRun) -> float | None:
+        lateness = None if run.served is None else run.served.lateness
+        return None if lateness is None else float(getattr(lateness, statistic))
+
+    return value
 
 
 def _statistic(name: str, statistic: str) -> Callable[[SummarisedRun], float | None]:

@@ -1,8 +1,9 @@
-"""One sentence that says which cluster is better, by how much, and why."""
+"""One sentence that says which cluster is better, by how much, and why; or how far simulations are from a server."""
 
 from collections.abc import Sequence
 
 from sagellm.core.request import LatencySLO
+from sim.report.comparison import comparison_sentence, reference_run
 from sim.report.statistics import Distribution
 from sim.report.summarised_run import SummarisedRun
 from sim.report.table import describe_slo
@@ -16,6 +17,9 @@ def verdict(runs: Sequence[SummarisedRun]) -> str:
     finished = [run for run in runs if run.summary.completed]
     if not finished:
         return "No request completed on any of the clusters." if len(runs) > 1 else "No request completed."
+    reference = reference_run(runs)
+    if reference is not None:
+        return " ".join(comparison_sentence(run, reference) for run in runs if run.served is None)
     if len(runs) == 1:
         return _describe(runs[0])
     if len(finished) == 1:

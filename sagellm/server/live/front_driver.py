@@ -7,7 +7,7 @@ streams as they come.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import assert_never
@@ -88,10 +88,10 @@ class LiveEngine:
 
     # --- life ------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Returns when requests can be served. Raises `StartError`."""
+    async def start(self, on_started: Callable[[InstanceId], None] = lambda _: None) -> None:
+        """Returns when requests can be served; ``on_started`` is called for each instance. Raises `StartError`."""
         self._loop = asyncio.get_running_loop()
-        await self._host.start(HostListener(self._on_message, self._on_lost))
+        await self._host.start(HostListener(self._on_message, self._on_lost, on_started))
         for record in self._instances.values():
             if not record.is_lost:
                 self._hand_in(_joined(record.deployed))

@@ -22,6 +22,7 @@ class HostListener:
 
     on_message: Callable[[InstanceId, FromInstance], None]
     on_lost: Callable[[InstanceId, str], None]
+    on_started: Callable[[InstanceId], None]
 
 
 class InstanceHost(Protocol):

@@ -87,6 +87,7 @@ class ThreadedInstances:
         match message:
             case Started():
                 self._starts[instance_id].set_result(None)
+                self._listener.on_started(instance_id)
             case StartFailed(reason=reason):
                 self._gone[instance_id] = None
                 self._starts[instance_id].set_exception(StartError(f"{instance_id}: {reason}"))

@@ -1,0 +1,219 @@
+"""Instances as processes: started, heard, watched, and ended with the front.
+
+A process that ends, and one that says nothing for too long, is lost. What it had said by then is taken
+first; what was still on its way is dropped, for nobody has acted on it.
+"""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import assert_never
+
+import msgspec
+import zmq
+
+from backends.executor_settings import ExecutorSettings
+from sagellm.core.identity import InstanceId
+from sagellm.server.live.instance_driver import DriverOptions
+from sagellm.server.live.instance_host import HostListener, StartError
+from sagellm.server.live.instance_process import ProcessSettings, write_settings
+from sagellm.server.live.wire import FromInstance, InstanceDied, Started, StartFailed, Stop, ToInstance, Turn
+
+SILENCE_S_MAX = 30.0
+"""An instance speaks twice a second; one that has been silent for so long is hung."""
+STOP_S = 10.0
+_LAST_WORDS_S = 0.02
+_WATCH_EVERY_S = 1.0
+
+
+class _InstanceProcess:
+    """One process, and the front's end of the line to it."""
+
+    def __init__(self, settings: ProcessSettings, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+        self.settings = settings
+        self.instance_id = settings.executor.instance.instance_id
+        self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.is_gone = False
+        self.last_words = ""
+        self.heard_s = 0.0
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        self.socket.set_hwm(0)
+        self.socket.linger = 0
+        self.socket.bind(settings.front_endpoint)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        """Start it, in a session of its own: a Ctrl-C is for the front alone."""
+        command = [sys.executable, "-m", "sagellm.server.live.instance_process"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        assert self.process.stdin is not None
+        write_settings(self.process.stdin, self.settings)  # type: ignore[arg-type]
+        return self.process
+
+
+class InstanceProcesses:
+    """An `InstanceHost`."""
+
+    def __init__(
+        self, settings: Sequence[ExecutorSettings], options: DriverOptions, *, silence_s_max: float = SILENCE_S_MAX
+    ) -> None:
+        self._settings = settings
+        self._options = options
+        self._silence_s_max = silence_s_max
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromInstance)
+        self._processes: dict[InstanceId, _InstanceProcess] = {}
+        self._is_stopping = False
+        self._watcher: asyncio.Task[None] | None = None
+        self._folder: Path
+        self._loop: asyncio.AbstractEventLoop
+        self._listener: HostListener
+        self._context: zmq.Context[zmq.Socket[bytes]]
+
+    # --- life ------------------------------------------------------------------------------------------
+
+    async def start(self, listener: HostListener) -> None:
+        """See `InstanceHost`."""
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        self._context = zmq.Context()
+        self._folder = Path(tempfile.mkdtemp(prefix="sagellm-"))
+        try:
+            for index, settings in enumerate(self._process_settings()):
+                self._spawn(_InstanceProcess(settings, self._context), index)
+            await asyncio.gather(*(each.started for each in self._processes.values()))
+        except BaseException:
+            await self.stop()
+            raise
+        self._watcher = asyncio.create_task(self._watch())
+
+    def _process_settings(self) -> list[ProcessSettings]:
+        endpoints = {
+            each.instance.instance_id: f"ipc://{self._folder}/peer-{index}" for index, each in enumerate(self._settings)
+        }
+        return [
+            ProcessSettings(each, self._options, os.getpid(), f"ipc://{self._folder}/front-{index}", endpoints)
+            for index, each in enumerate(self._settings)
+        ]
+
+    def _spawn(self, process: _InstanceProcess, index: int) -> None:
+        self._processes[process.instance_id] = process
+        popen = process.spawn()
+
+        def wait() -> None:
+            code = popen.wait()
+            self._loop.call_soon_threadsafe(self._on_exit, process, code)
+
+        threading.Thread(target=wait, name=f"waits for instance {index}", daemon=True).start()
+        self._loop.add_reader(process.socket.fileno(), self._hear, process)
+
+    async def stop(self) -> None:
+        """See `InstanceHost`."""
+        self._is_stopping = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+        living = [each for each in self._processes.values() if not each.exited.done()]
+        for process in living:
+            if process.started.done():
+                self.send(process.instance_id, Stop())
+            else:
+                self.kill(process.instance_id)
+        if living:
+            await asyncio.wait([each.exited for each in living], timeout=STOP_S)
+        for process in living:
+            self.kill(process.instance_id)
+            await process.exited
+        for process in self._processes.values():
+            self._hang_up(process)
+        self._context.destroy(0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # --- messages --------------------------------------------------------------------------------------
+
+    def send(self, instance_id: InstanceId, message: ToInstance) -> None:
+        """See `InstanceHost`."""
+        process = self._processes[instance_id]
+        if process.is_gone:
+            return
+        process.socket.send(self._encoder.encode(message))
+        # Sending may swallow the sign that something has arrived.
+        if int(process.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._hear, process)
+
+    def _hear(self, process: _InstanceProcess) -> None:
+        """Take all that has arrived: the socket gives one sign for any number of messages."""
+        if process.is_gone:
+            return
+        try:
+            while not process.is_gone:
+                payload = process.socket.recv(zmq.NOBLOCK)
+                process.heard_s = self._loop.time()
+                self._heard(process, self._decoder.decode(payload))
+        except zmq.Again:
+            return
+
+    def _heard(self, process: _InstanceProcess, message: FromInstance) -> None:
+        match message:
+            case Started():
+                if not process.started.done():
+                    process.started.set_result(None)
+                    self._listener.on_started(process.instance_id)
+            case StartFailed(reason=reason):
+                if not process.started.done():
+                    process.started.set_exception(StartError(f"{process.instance_id}: {reason}"))
+            case Turn():
+                self._listener.on_message(process.instance_id, message)
+            case InstanceDied(reason=reason):
+                process.last_words = reason
+            case _:
+                assert_never(message)
+
+    # --- losses ----------------------------------------------------------------------------------------
+
+    def kill(self, instance_id: InstanceId) -> None:
+        """See `InstanceHost`."""
+        popen = self._processes[instance_id].process
+        if popen is not None:
+            popen.kill()
+
+    def _on_exit(self, process: _InstanceProcess, code: int) -> None:
+        self._hear(process)
+        # The last that it said may still be on its way from the kernel to the socket.
+        self._loop.call_later(_LAST_WORDS_S, self._lose, process, code)
+
+    def _lose(self, process: _InstanceProcess, code: int) -> None:
+        self._hear(process)
+        self._hang_up(process)
+        assert process.process is not None
+        assert process.process.stdin is not None
+        process.process.stdin.close()
+        if not process.exited.done():
+            process.exited.set_result(code)
+        how = process.last_words or (f"it was ended by signal {-code}" if code < 0 else f"it ended with code {code}")
+        if not process.started.done():
+            process.started.set_exception(StartError(f"{process.instance_id}: {how} while it started"))
+        elif not self._is_stopping:
+            self._listener.on_lost(process.instance_id, how)
+
+    def _hang_up(self, process: _InstanceProcess) -> None:
+        if not process.is_gone:
+            process.is_gone = True
+            self._loop.remove_reader(process.socket.fileno())
+            process.socket.close(0)
+
+    async def _watch(self) -> None:
+        """End processes that are there and say nothing."""
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            for process in self._processes.values():
+                self._hear(process)
+                if not process.is_gone and self._loop.time() > process.heard_s + self._silence_s_max:
+                    process.last_words = f"it has been silent for {self._silence_s_max:g} s"
+                    self.kill(process.instance_id)

@@ -25,7 +25,8 @@ class DummyWeights:
 
     def fill(self, target: torch.Tensor, source: WeightSource, dim: int, first: int, end: int) -> None:
         """Fill ``target`` with the range ``first : end`` of dimension ``dim`` of the random tensor."""
-        self._generator.manual_seed((self._seed << 32) ^ zlib.crc32(source.name.encode()))
+        # A CPU generator takes no more than 32 bits of its seed.
+        self._generator.manual_seed(zlib.crc32(f"{self._seed} {source.name}".encode()))
         if len(source.shape) == 1 and not source.name.endswith(".bias"):
             target.fill_(1.0)
         elif end - first == source.shape[dim]:

@@ -1,5 +1,6 @@
 """Which kernel runs an operator on a backend: its own where it has one, the reference elsewhere."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +38,15 @@ class KernelRegistry:
     def register(
         self, backend: str, operator: str, run: Callable[..., Any], prepare: Callable[..., Any] | None = None
     ) -> None:
-        """Raises ``ValueError`` where there is no such operator, or the backend has a kernel for it already."""
+        """Raises ``ValueError`` where there is no such operator, ``run`` does not take the arguments of its
+        reference, or the backend has a kernel for it already.
+        """
         if (REFERENCE, operator) not in self._kernels:
             raise ValueError(f"operator: {operator!r} is none; operators are {', '.join(self.operators)}")
+        wanted = list(inspect.signature(self._kernels[REFERENCE, operator].run).parameters)
+        found = list(inspect.signature(run).parameters)
+        if found != wanted:
+            raise ValueError(f"operator: {operator} of backend {backend!r} takes {found}, must take {wanted}")
         if (backend, operator) in self._kernels:
             raise ValueError(f"operator: {operator} of backend {backend!r} has a kernel already")
         self._kernels[backend, operator] = Kernel(run, prepare)

@@ -13,7 +13,6 @@ from backends.operators.registry import Kernel, KernelRegistry
 from backends.operators.rotary_table import rotary_table
 from backends.step_inputs import StepInputs
 from sagellm.models.rope import Rope
-from sagellm.runtime.execution_graph.fused_operators import SiluMultiply
 from sagellm.runtime.execution_graph.ir import ExecutionGraph, Node
 from sagellm.runtime.execution_graph.operators import AllReduce, Attention, KVSend
 
@@ -118,8 +117,6 @@ class _Lowering:
             return _kv_writer(kernel.run, sources, targets, constants, node.layer or 0, call.attributes)
         if isinstance(operator, AllReduce) and node.inputs[0] not in self._registers.dead_after[node.name]:
             return _plain(_on_a_copy(kernel.run), sources, targets, constants, call.attributes)
-        if isinstance(operator, SiluMultiply):
-            return _plain(_of_halves(kernel.run), sources, targets, constants, call.attributes)
         return _plain(kernel.run, sources, targets, constants, call.attributes)
 
     def _window(self, operator: Attention) -> int:
@@ -206,13 +203,3 @@ def _attention(
 def _on_a_copy(run: Callable[..., Any]) -> Callable[..., Any]:
     """A reduction may write over its input, which somebody still reads."""
     return lambda x, *constants: run(x.clone(), *constants)
-
-
-def _of_halves(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The graph has gate and up side by side in one tensor, kernels take the two."""
-
-    def run_halves(x: torch.Tensor) -> Any:
-        gate, up = x.chunk(2, dim=-1)
-        return run(gate, up)
-
-    return run_halves

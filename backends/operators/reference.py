@@ -173,8 +173,9 @@ def relu(x: torch.Tensor) -> torch.Tensor:
     return functional.relu(x)
 
 
-def silu_multiply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``; both may be halves of one joined projection's result."""
+def silu_multiply(x: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of a joined projection's result [num_tokens, 2 * width], the gate's columns first."""
+    gate, up = x.chunk(2, dim=-1)
     return functional.silu(gate) * up
 
 

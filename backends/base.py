@@ -1,0 +1,184 @@
+"""The interface of a hardware backend: devices, memory, order of work, launches.
+
+Whoever implements it for a new accelerator is done when ``python -m backends.conformance`` passes. Where torch
+knows the accelerator, ``backends.torch_device`` implements nearly all of it.
+"""
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from backends.device_info import BackendCapabilities, DeviceInfo, MemoryInfo
+from backends.kernel_launch import Kernel, KernelConfig
+from backends.memory import MemoryHandle, MemoryKind
+from backends.streams import DeviceEvent, DeviceGraph, DeviceStream
+
+if TYPE_CHECKING:
+    import torch
+
+    from backends.operators.registry import KernelRegistry
+
+
+class HardwareBackend(ABC):
+    """One vendor's devices. Holds no state of its own, so there may be any number of them.
+
+    ``device_index=None`` means the current device throughout, and an index that does not exist raises
+    DeviceIndexError; ``stream=None`` means the current stream of the current device.
+    """
+
+    name: str  # "cuda", "ascend": what clusters and commands call it
+    device_type: str  # what torch calls it: torch.device(device_type)
+
+    # Devices
+
+    @abstractmethod
+    def get_device_count(self) -> int:
+        """Number of devices that this process can use."""
+
+    @abstractmethod
+    def get_device_info(self, device_index: int | None = None) -> DeviceInfo:
+        """What the device is."""
+
+    @abstractmethod
+    def capabilities(self, device_index: int | None = None) -> BackendCapabilities:
+        """What can be done on the device."""
+
+    @abstractmethod
+    def memory_info(self, device_index: int | None = None) -> MemoryInfo:
+        """The device's memory now."""
+
+    @abstractmethod
+    def reset_memory_peak(self, device_index: int | None = None) -> None:
+        """Let ``MemoryInfo.allocated_bytes_max`` start again from what is allocated now."""
+
+    @abstractmethod
+    def release_cached_memory(self) -> None:
+        """Give memory that the allocator holds for nobody back to the devices."""
+
+    @abstractmethod
+    def set_device(self, device_index: int) -> None:
+        """Make the device the calling thread's current one."""
+
+    @abstractmethod
+    def current_device(self) -> int:
+        """Index of the calling thread's current device."""
+
+    @abstractmethod
+    def synchronize(self, device_index: int | None = None) -> None:
+        """Wait on the host until everything given to the device is done."""
+
+    @abstractmethod
+    def can_access_peer(self, device_index: int, peer_index: int) -> bool:
+        """Whether the first device reads and writes the second one's memory without the host."""
+
+    @abstractmethod
+    def torch_device(self, device_index: int | None = None) -> "torch.device":
+        """The device as torch names it."""
+
+    # Memory
+
+    @abstractmethod
+    def allocate(
+        self, size_bytes: int, memory_kind: MemoryKind = MemoryKind.DEVICE, device_index: int | None = None
+    ) -> MemoryHandle:
+        """Memory of unknown content, aligned for any type. Zero bytes are allowed.
+
+        Raises DeviceMemoryError where there is not as much, MemoryRangeError where the size is negative.
+        """
+
+    @abstractmethod
+    def free(self, handle: MemoryHandle) -> None:
+        """End the handle. Work already given to streams may still use the memory: it is not reused before.
+
+        Tensors that view the memory keep it alive. Raises MemoryHandleError where the handle was freed before.
+        """
+
+    @abstractmethod
+    def copy(
+        self,
+        source: MemoryHandle,
+        destination: MemoryHandle,
+        size_bytes: int | None = None,
+        *,
+        source_offset_bytes: int = 0,
+        destination_offset_bytes: int = 0,
+        async_op: bool = False,
+        stream: DeviceStream | None = None,
+    ) -> None:
+        """Copy bytes in the order of the stream; return when that is done, or at once with ``async_op``.
+
+        Without ``size_bytes`` all of the source from its offset on. With ``async_op`` memory of the host must
+        not be touched before the stream is done. Raises MemoryHandleError for freed handles, and
+        MemoryRangeError where a range leaves its handle or both overlap.
+        """
+
+    @abstractmethod
+    def memset(
+        self,
+        handle: MemoryHandle,
+        value: int,
+        size_bytes: int | None = None,
+        *,
+        offset_bytes: int = 0,
+        stream: DeviceStream | None = None,
+    ) -> None:
+        """Set each byte to ``value`` (0 to 255), in the order of the stream, without waiting for it.
+
+        Memory of the host is set before this returns. Without ``size_bytes`` everything from the offset on.
+        """
+
+    @abstractmethod
+    def allocate_tensor(
+        self,
+        shape: tuple[int, ...],
+        dtype: "torch.dtype",
+        memory_kind: MemoryKind = MemoryKind.DEVICE,
+        device_index: int | None = None,
+    ) -> "torch.Tensor":
+        """A tensor of unknown content, freed like any tensor. Raises DeviceMemoryError."""
+
+    @abstractmethod
+    def view_tensor(
+        self, handle: MemoryHandle, shape: tuple[int, ...], dtype: "torch.dtype", offset_bytes: int = 0
+    ) -> "torch.Tensor":
+        """The handle's bytes from the offset on as a tensor, without a copy.
+
+        Raises MemoryRangeError where the tensor leaves the handle or the offset does not suit the type.
+        """
+
+    # Order of work
+
+    @abstractmethod
+    def create_stream(self, device_index: int | None = None) -> DeviceStream:
+        """A new stream; it ends when nobody holds it any more."""
+
+    @abstractmethod
+    def current_stream(self, device_index: int | None = None) -> DeviceStream:
+        """The stream on which the calling thread's work goes."""
+
+    @abstractmethod
+    def use_stream(self, stream: DeviceStream | None) -> AbstractContextManager[None]:
+        """Within, the stream and its device are the calling thread's current ones. None changes nothing."""
+
+    @abstractmethod
+    def create_event(self, *, enable_timing: bool = False, device_index: int | None = None) -> DeviceEvent:
+        """A new event, not recorded yet."""
+
+    @abstractmethod
+    def launch_kernel(self, kernel: Kernel, config: KernelConfig, *args: Any) -> None:
+        """Put a kernel on the configured stream. Handles among the arguments arrive as tensors of bytes.
+
+        Raises UnsupportedError for a grid kernel where the capabilities deny them.
+        """
+
+    @abstractmethod
+    def create_graph(self) -> DeviceGraph:
+        """An empty graph. Raises UnsupportedError where the capabilities deny graph capture."""
+
+    @abstractmethod
+    def register_operators(self, registry: "KernelRegistry") -> None:
+        """Add the operator kernels of its own, under its name; the reference runs all others."""
+
+    @abstractmethod
+    def profile_region(self, name: str) -> AbstractContextManager[None]:
+        """Name what is done within, for profilers."""

@@ -1,0 +1,65 @@
+"""Paged attention of a whole batch: decodes by the one kernel, all others by the other."""
+
+import torch
+
+from backends.cuda.kernels.decode_attention import decode_attention
+from backends.cuda.kernels.prefill_attention import prefill_attention
+from backends.cuda.kernels.tile_shapes import num_decode_parts
+from backends.step_inputs import StepInputs
+
+HEAD_DIM_MAX = 256
+
+
+def attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    inputs: StepInputs,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+) -> torch.Tensor:
+    """Causal attention of each row over its sequence's tokens: [num_tokens, num_heads * head_dim].
+
+    Launches depend on sizes that the host knows, never on what is on the device.
+    """
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    num_decodes, num_seqs = inputs.num_decodes, inputs.context_lens.shape[0]
+    if num_decodes:
+        num_parts = num_decode_parts(
+            num_decodes * key_cache.shape[2],
+            min(inputs.context_len_max, sliding_window or inputs.context_len_max),
+            num_compute_units(query.device),
+        )
+        decode_attention(
+            query,
+            key_cache,
+            value_cache,
+            out,
+            inputs.context_lens[:num_decodes],
+            inputs.block_tables[:num_decodes],
+            num_parts,
+            scale=scale,
+            sliding_window=sliding_window,
+        )
+    if num_decodes < num_seqs:
+        prefill_attention(
+            query,
+            key_cache,
+            value_cache,
+            out,
+            inputs.query_starts[num_decodes:],
+            inputs.context_lens[num_decodes:],
+            inputs.block_tables[num_decodes:],
+            query.shape[0] - num_decodes,
+            scale=scale,
+            sliding_window=sliding_window,
+        )
+    return out
+
+
+def num_compute_units(device: torch.device) -> int:
+    """Multiprocessors of the device; 1 for a CPU, where kernels are only interpreted."""
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

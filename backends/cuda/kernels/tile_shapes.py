@@ -1,0 +1,50 @@
+"""How large the tiles of attention are, and into how many parts the keys of a decode are split."""
+
+from dataclasses import dataclass
+
+_DOT_ROWS_MIN = 16  # of an operand of tl.dot
+_PARTS_MAX = 64
+_KEYS_PER_PART_MIN = 128
+# More programs than multiprocessors, so that each has several whose loads overlap.
+_PROGRAMS_PER_UNIT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """Rows of queries (tokens x heads of a group) and keys of one tile, and how its program is compiled."""
+
+    num_rows: int
+    num_keys: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:
+    """Tiles whose operands fit into the registers and shared memory of compute capability 8.0 and later."""
+    if element_bytes > 2:
+        shape = TileShape(num_rows=32, num_keys=32, num_warps=4, num_stages=1)
+    elif head_dim > 128:
+        shape = TileShape(num_rows=64, num_keys=32, num_warps=4, num_stages=2)
+    else:
+        shape = TileShape(num_rows=128, num_keys=64, num_warps=8, num_stages=2)
+    return TileShape(max(shape.num_rows, power_of_two_from(group)), shape.num_keys, shape.num_warps, shape.num_stages)
+
+
+def decode_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:
+    """A group's heads are the rows; keys are many, because the memory's bandwidth is the limit."""
+    num_rows = max(_DOT_ROWS_MIN, power_of_two_from(group))
+    if element_bytes > 2 or head_dim > 128:
+        return TileShape(num_rows, num_keys=32, num_warps=4, num_stages=2)
+    return TileShape(num_rows, num_keys=64, num_warps=4, num_stages=3)
+
+
+def num_decode_parts(num_programs: int, context_len_max: int, num_compute_units: int) -> int:
+    """Parts of each sequence's keys: enough to fill the device, none shorter than is worth while."""
+    wanted = -(-_PROGRAMS_PER_UNIT * num_compute_units // max(num_programs, 1))
+    worthwhile = -(-context_len_max // _KEYS_PER_PART_MIN)
+    return max(1, min(wanted, worthwhile, _PARTS_MAX))
+
+
+def power_of_two_from(number: int) -> int:
+    """The least power of two that is not below ``number``, which is at least 1."""
+    return 1 << (number - 1).bit_length()

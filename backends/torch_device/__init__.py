@@ -1,0 +1,1 @@
+"""Backends on torch: what all devices that torch knows have in common."""

@@ -45,15 +45,20 @@ class Experts(Operator, frozen=True):
         x, ids, _, gate_up, down = inputs
         num_experts, expert_width, _ = gate_up.sizes_in(sizes)
         num_pairs = ids.num_elements(sizes)
-        intermediate = down.width
         expert_bytes = (gate_up.num_bytes(sizes) + down.num_bytes(sizes)) // num_experts
-        inner_bytes = num_pairs * DTYPE_BYTES[x.dtype] * (2 * expert_width + 2 * intermediate)
+        inner_bytes = self.workspace_bytes(inputs, outputs, sizes)
         return OperatorWork(
-            flops=2 * num_pairs * x.width * (expert_width + intermediate),
+            flops=2 * num_pairs * x.width * (expert_width + down.width),
             weight_bytes=round(expert_bytes * experts_touched(num_experts, ids.width, sizes.num_tokens)),
-            read_bytes=all_bytes(inputs[:3], sizes) + inner_bytes // 2,
-            written_bytes=outputs[0].num_bytes(sizes) + inner_bytes // 2,
+            read_bytes=all_bytes(inputs[:3], sizes) + inner_bytes,
+            written_bytes=outputs[0].num_bytes(sizes) + inner_bytes,
         )
+
+    def workspace_bytes(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], sizes: StepSizes) -> int:
+        """Of every pair of a token and its expert: what gate and up give, and their product."""
+        x, ids, _, gate_up, down = inputs
+        expert_width = gate_up.sizes_in(sizes)[1]
+        return ids.num_elements(sizes) * (expert_width + down.width) * DTYPE_BYTES[x.dtype]
 
 
 def experts_touched(num_experts: int, experts_per_token: int, num_tokens: int) -> float:

@@ -54,6 +54,10 @@ class Operator(msgspec.Struct, frozen=True, tag=True):
             written_bytes=all_bytes(outputs, sizes),
         )
 
+    def workspace_bytes(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], sizes: StepSizes) -> int:
+        """Memory that is needed only while the operator runs, beside its inputs and outputs."""
+        return 0
+
 
 def must_be(what: str, shape: Shape, wanted: Shape) -> None:
     """Raises ``ValueError`` where a shape is not the wanted one."""

@@ -105,6 +105,10 @@ def _check_kv_order(graph: ExecutionGraph) -> None:
         effects = node.operator.reads_kv or node.operator.writes_kv
         if effects and (node.layer is None or not 0 <= node.layer < graph.num_layers):
             raise ValueError(f"node {node.name}: it uses the KV of layer {node.layer}, of {graph.num_layers} layers")
+    written: dict[int | None, str] = {}
+    for node in graph.nodes:
+        if node.operator.writes_kv and written.setdefault(node.layer, node.name) != node.name:
+            raise ValueError(f"node {node.name}: {written[node.layer]} writes the KV of layer {node.layer} already")
     readers = {edge.after for edge in graph.edges if edge.kind == "kv"}
     for node in graph.nodes:
         if node.operator.reads_kv and node.name not in readers:

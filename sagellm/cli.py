@@ -11,6 +11,7 @@ from sagellm import __version__
 from sagellm.commands.clusters import clusters
 from sagellm.commands.log import log
 from sagellm.commands.replay import replay
+from sagellm.commands.serve import serve
 from sagellm.commands.traces import traces
 from sagellm.commands.user_error import EXIT_CODE
 
@@ -18,6 +19,7 @@ EPILOG = """\b
 Start here:
   sagellm replay                           2,000 made-up chat requests, two clusters side by side
   sagellm replay --report report.html      the same, with pictures
+  sagellm serve                            a toy model on this CPU, behind OpenAI's API
   sagellm clusters show h200x4-pd          a cluster file to start your own from
   sagellm traces list                      workloads that can be generated
 """
@@ -32,11 +34,12 @@ def cli() -> None:
     """One scheduling core for LLM serving: simulated on a laptop, deployed unchanged.
 
     sageLLM decides which request runs where and when. `replay` lets it decide over a recorded or
-    generated trace, on a cluster that need not exist, and says what the clients would have seen.
+    generated trace, on a cluster that need not exist, and says what the clients would have seen. `serve`
+    lets it decide over requests that arrive, on devices that do.
     """
 
 
-for command in (replay, traces, clusters, log):
+for command in (replay, serve, traces, clusters, log):
     cli.add_command(command)
 
 

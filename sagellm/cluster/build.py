@@ -37,14 +37,20 @@ class BuiltCluster:
     profile_status: str  # the worst of all profiles, and of the link's where KV moves over it
 
 
-def build_cluster(cluster: ClusterDescription, *, fast_forward: bool = True) -> BuiltCluster:
+def build_cluster(
+    cluster: ClusterDescription, *, fast_forward: bool = True, dtype_bytes: int | None = None
+) -> BuiltCluster:
     """Configurations and cost models of a checked description; ``fast_forward`` off makes every step a single one.
+
+    ``dtype_bytes`` is the size of a weight and of a number in the KV cache; None: as the model's configuration.
 
     Raises:
         ValueError: a profile, model or link is not known, or the model does not fit; ``read_cluster``
             finds all of that first.
     """
     model = load_model(cluster.model)
+    if dtype_bytes is not None:
+        model = replace(model, dtype_bytes=dtype_bytes)
     link = make_link(cluster.link)
     profiles = {group.profile: load_profile(group.profile) for group in cluster.instances}
     cost_models = {

@@ -11,6 +11,8 @@ from sagellm.cluster.description import ClusterDescription
 from sagellm.core.config import ControlPlaneConfig
 from sagellm.core.identity import InstanceId
 
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
 
 class DeploymentError(ValueError):
     """A cluster that cannot be served as it is described. The message is one sentence for the user."""
@@ -66,7 +68,7 @@ def deploy(
         ValueError: as ``build_cluster``.
     """
     choice = choice or ModelChoice()
-    built = build_cluster(cluster, fast_forward=False)
+    built = build_cluster(cluster, fast_forward=False, dtype_bytes=DTYPE_BYTES.get(choice.dtype))
     num_taken: Counter[str] = Counter()
     instances: list[DeployedInstance] = []
     for each, (instance_id, group) in zip(built.instances, cluster.named_instances(), strict=True):

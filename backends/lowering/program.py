@@ -67,11 +67,14 @@ class GraphProgram:
         registers[self._token_ids] = inputs.token_ids
         registers[self._positions] = inputs.positions
         registers[self._sampled_rows] = inputs.sampled_rows
-        prepared = [prepare(inputs, kv.block_size) for prepare in self._prepare_attention]
-        step = StepState(registers, inputs, kv, prepared)
+        step = StepState(registers, inputs, kv, self.attention_inputs(inputs, kv))
         for launch, dead in self._steps:
             launch(step)
             for register in dead:
                 registers[register] = None
         logits: torch.Tensor = registers[self._output]
         return logits.float()
+
+    def attention_inputs(self, inputs: StepInputs, kv: KVTensors) -> list[Any]:
+        """What the attention kernel wants of a step, for each sliding window of the model."""
+        return [prepare(inputs, kv.block_size) for prepare in self._prepare_attention]

@@ -1,0 +1,1 @@
+"""Text to token ids and back, whole or piece by piece, and messages to a prompt."""

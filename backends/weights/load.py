@@ -25,30 +25,40 @@ def load_weights(
     """The weights of one rank of ``graph.tp`` by the graph's names, in the graph's types, on ``device``.
 
     Two weights that are made from the same parts are one tensor. Raises ``ValueError`` where ``supply``
-    has not the tensors of the model.
+    has not the tensors of the model, or the device has no room for them.
     """
     supply.check({source.name: source for spec in graph.weights for source in spec.sources})
     dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in graph.tensors if tensor.kind == "weight"}
     loaded: dict[tuple[object, ...], torch.Tensor] = {}
     weights = {}
-    progress.begin(sum(_num_bytes(spec, dtypes[spec.name]) for spec in graph.weights))
+    whole_bytes = sum(_num_bytes(spec, dtypes[spec.name]) for spec in graph.weights)
+    progress.begin(whole_bytes)
     for spec in graph.weights:
         made_from = (spec.sources, spec.shape, dtypes[spec.name])
         if made_from not in loaded:
-            loaded[made_from] = _load_weight(spec, supply, rank, graph.tp, dtypes[spec.name], device)
+            try:
+                place = _place(spec, dtypes[spec.name], device)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; allocators of the host raise it bare
+                raise ValueError(
+                    f"{graph.model}: a rank's weights take {whole_bytes / 1e9:.1f} GB, for which {device} has no room"
+                ) from error
+            loaded[made_from] = _fill(place, spec, supply, rank, graph.tp)
         weights[spec.name] = loaded[made_from]
         progress.advance(_num_bytes(spec, dtypes[spec.name]))
     progress.end()
     return weights
 
 
-def _load_weight(
-    spec: WeightSpec, supply: WeightSupply, rank: int, tp: int, dtype: torch.dtype, device: torch.device | str
-) -> torch.Tensor:
+def _place(spec: WeightSpec, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Memory for a weight, as its sources are joined."""
     parts = [source.rank_shape for source in spec.sources]
-    weight = torch.empty((sum(part[0] for part in parts), *parts[0][1:]), dtype=dtype, device=device)
+    return torch.empty((sum(part[0] for part in parts), *parts[0][1:]), dtype=dtype, device=device)
+
+
+def _fill(weight: torch.Tensor, spec: WeightSpec, supply: WeightSupply, rank: int, tp: int) -> torch.Tensor:
     row = 0
-    for source, part in zip(spec.sources, parts, strict=True):
+    for source in spec.sources:
+        part = source.rank_shape
         dim, first, end = source.range_of(rank, tp)
         place = weight[row : row + part[0]]
         if end - first < part[dim]:

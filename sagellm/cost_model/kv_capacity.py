@@ -1,20 +1,29 @@
 """How many tokens' KV fits beside the weights."""
 
+from sagellm.cost_model.footprint import activation_bytes, rank_weight_bytes
 from sagellm.cost_model.profile import FittedProfile, Profile
 from sagellm.models.model_shape import ModelShape
+from sagellm.runtime.execution_graph.tensors import StepSizes
 
 GIB = 1 << 30
 
 
-def rank_weight_bytes(model: ModelShape, tp: int) -> int:
-    """Weights on one of ``tp`` ranks; norms and biases, a few MiB, are counted as if they were shared out."""
-    return -(-model.weight_bytes // tp)
+LARGEST_STEP = StepSizes(num_tokens=8192, num_seqs=256, num_sampled=256)
+"""What activations are sized for where nothing else is said."""
 
 
-def kv_capacity_tokens(profile: Profile, model: ModelShape, tp: int, memory_utilisation: float | None = None) -> int:
+def kv_capacity_tokens(
+    profile: Profile,
+    model: ModelShape,
+    tp: int,
+    memory_utilisation: float | None = None,
+    largest_step: StepSizes = LARGEST_STEP,
+) -> int:
     """Tokens whose KV fits on ``tp`` devices: memory x utilisation - weights - activations.
 
-    A measured figure of the profile is used where it is for this very model, tp and utilisation.
+    Activations take what the profile states of its engine, and no less than what the execution graph needs
+    for ``largest_step``. A measured figure of the profile is used where it is for this very model, tp and
+    utilisation.
     Raises ``ValueError`` where not even one token fits, naming the model, the GiB needed and those there.
     """
     model.check_tp(tp)
@@ -26,7 +35,8 @@ def kv_capacity_tokens(profile: Profile, model: ModelShape, tp: int, memory_util
         if measured and utilisation == profile.memory.memory_utilisation:
             return measured
     usable = int(profile.device.memory_bytes * utilisation)
-    needed = rank_weight_bytes(model, tp) + profile.memory.activation_bytes
+    activations = max(profile.memory.activation_bytes, activation_bytes(model, tp, largest_step))
+    needed = rank_weight_bytes(model, tp) + activations
     rank_kv_bytes = 2 * model.num_layers * model.kv_heads_per_rank(tp) * model.head_dim * model.dtype_bytes
     if needed + rank_kv_bytes > usable:
         raise ValueError(

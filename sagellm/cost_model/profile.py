@@ -104,7 +104,7 @@ class EngineMemory:
     """What the engine leaves for the KV cache."""
 
     memory_utilisation: float
-    activation_bytes: int  # on one device, beside weights and KV cache
+    activation_bytes: int  # on one device, beside weights and KV cache; 0: what the execution graph needs
     kv_tokens_measured: int = 0  # the engine's own figure where it is known; 0: computed
 
 

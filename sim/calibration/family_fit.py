@@ -9,14 +9,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sagellm.cost_model.analytic import (
-    layer_projections,
-    layer_stream_bytes_per_token,
-    make_gemm_time,
-    rank_kv_bytes_per_token_layer,
-)
+from sagellm.cost_model.analytic import decode_sizes, mixed_sizes, pair_flops
+from sagellm.cost_model.graph_prices import GraphPrices, engine_graph, make_graph_prices
 from sagellm.cost_model.profile import AnalyticProfile, GemmTable
 from sagellm.models.model_shape import ModelShape
+from sagellm.runtime.execution_graph.tensors import StepSizes
 from sim.calibration.host_fit import HostFit
 from sim.calibration.measured_steps import MeasuredStep
 from sim.calibration.regression import fit_relative
@@ -31,21 +28,21 @@ STEP_FACTOR_KNOTS = (512, 1024, 2048, 4096, 8192)
 class _Operators:
     """Nanoseconds of one model's operators by number of tokens, before any correction."""
 
-    profile: AnalyticProfile
+    prices: GraphPrices
     model: ModelShape
 
-    def gemm_ns(self, num_tokens: int) -> float:
-        gemm = make_gemm_time(self.profile, self.model.dtype_bytes)
-        shapes = layer_projections(self.model, 1)
-        return self.model.num_layers * sum(gemm.gemm_ns(num_tokens, p.num_outputs, p.num_inputs) for p in shapes)
+    @property
+    def profile(self) -> AnalyticProfile:
+        return self.prices.profile
 
-    def head_ns(self, num_seqs: int) -> float:
-        gemm = make_gemm_time(self.profile, self.model.dtype_bytes)
-        return gemm.gemm_ns(num_seqs, self.model.vocab_size, self.model.hidden_size)
+    def layer_gemm_ns(self, num_tokens: int) -> float:
+        return self.prices.gemm_ns(StepSizes(num_tokens=num_tokens))
 
-    def stream_ns(self, num_tokens: int) -> float:
-        gbps = self.profile.device.memory_gbps * self.profile.rates.stream_memory_efficiency
-        return self.model.num_layers * num_tokens * layer_stream_bytes_per_token(self.model, 1) / gbps
+    def decode_ns(self, num_seqs: int) -> float:
+        return self.prices.work_ns(decode_sizes(num_seqs))
+
+    def mixed_ns(self, num_tokens: int) -> float:
+        return self.prices.work_ns(mixed_sizes(num_tokens))
 
 
 def fit_family(
@@ -55,16 +52,16 @@ def fit_family(
 
     ``fit`` must have been made with the host's share of each sequence taken off.
     """
-    operators = _Operators(start, model)
+    operators = _Operators(make_graph_prices(start, engine_graph(model, 1)), model)
     layer_fixed_ns, seq_ns = _fixed_and_seq_ns(operators, steps, fit, host)
     fixed_ns = model.num_layers * layer_fixed_ns + start.rates.step_fixed_ns
     mixed_fixed_ns = _mixed_fixed_ns(operators, fit, host, fixed_ns)
     peak_gbps = start.device.memory_gbps
-    read_bytes = model.num_layers * rank_kv_bytes_per_token_layer(model, 1)
-    pair_flops = 4 * model.num_layers * model.query_width
+    read_bytes = operators.prices.attention_work(StepSizes(num_context_tokens=1)).kv_read_bytes
+    flops = pair_flops(operators.prices)
     rates = replace(
         start.rates,
-        attention_compute_efficiency=_short(pair_flops / (fit.token_pair_us * 1e6 * start.device.bf16_tflops)),
+        attention_compute_efficiency=_short(flops / (fit.token_pair_us * 1e6 * start.device.bf16_tflops)),
         attention_read_tiles=tuple(knot * model.num_kv_heads for knot in CONTEXT_KNOTS),
         attention_read_efficiency=tuple(
             _short(read_bytes / (context_us * 1e3 * peak_gbps)) for context_us in fit.decode_context_us
@@ -99,7 +96,7 @@ def _fixed_and_seq_ns(
         size = padded(step.num_decode_seqs)
         context_us = fit.decode_us(size, step.num_decode_context_tokens) - fit.decode_us(size, 0)
         sync_us = step.duration_us - step.schedule_us - host.base_us - host.seq_us * step.num_decode_seqs
-        known_us = (operators.gemm_ns(size) + operators.head_ns(size) + operators.stream_ns(size)) / 1e3 + context_us
+        known_us = operators.decode_ns(size) / 1e3 + context_us
         known_us += operators.profile.rates.step_fixed_ns / 1e3
         # The relative error of the whole step is what counts, so the known part stays in as a column.
         rows.append([operators.model.num_layers, size, known_us])
@@ -116,8 +113,7 @@ def _mixed_fixed_ns(operators: _Operators, fit: StepFit, host: HostFit, fixed_ns
     excess_ns = []
     for num_tokens in GRAPH_BOUND_KNOTS:
         device_us = fit.mixed_us(num_tokens, 0, 0) - host.base_us
-        known_ns = fixed_ns + operators.gemm_ns(num_tokens) + operators.head_ns(1) + operators.stream_ns(num_tokens)
-        excess_ns.append(device_us * 1e3 - known_ns)
+        excess_ns.append(device_us * 1e3 - fixed_ns - operators.mixed_ns(num_tokens))
     return max(0.0, statistics.fmean(excess_ns))
 
 
@@ -130,8 +126,9 @@ def _corrected(table: GemmTable, operators: _Operators, fit: StepFit, host: Host
     factors = []
     for num_tokens in STEP_FACTOR_KNOTS[1:]:
         device_us = fit.mixed_us(num_tokens, 0, 0) - host.base_us
-        other_ns = fixed_ns + operators.head_ns(1) + operators.stream_ns(num_tokens)
-        factors.append(_short((device_us * 1e3 - other_ns) / operators.gemm_ns(num_tokens)))
+        gemm_ns = operators.layer_gemm_ns(num_tokens)
+        other_ns = fixed_ns + operators.mixed_ns(num_tokens) - gemm_ns
+        factors.append(_short((device_us * 1e3 - other_ns) / gemm_ns))
     return replace(table, step_factor_num_tokens=STEP_FACTOR_KNOTS, step_factor=(1.0, *factors))
 
 

@@ -1,18 +1,32 @@
 """The analytic model against counts of operations and bytes, and against published times."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from backends.profile_files import load_profile
-from sagellm.cost_model.analytic import all_reduce_ns, layer_projections
+from sagellm.cost_model.analytic import decode_sizes, mixed_sizes
 from sagellm.cost_model.factory import make_step_cost_model
 from sagellm.cost_model.gemm_time import MeasuredGemm, RooflineGemm
+from sagellm.cost_model.graph_prices import (
+    all_gather_ns,
+    all_reduce_ns,
+    engine_graph,
+    equal_nodes,
+    make_graph_prices,
+)
 from sagellm.cost_model.profile import AnalyticProfile
 from sagellm.cost_model.step_cost import StepFeatures
 from sagellm.models.known_models import known_model_ids, load_model
+from sagellm.models.model_shape import ModelShape
+from sagellm.runtime.execution_graph.operators import AllReduce, Linear
+from sagellm.runtime.execution_graph.tensors import StepSizes
 
 MS_FS = 10**12
+BIG_MODELS = tuple(name for name in known_model_ids() if load_model(name).num_parameters > 10**8 * 5)
+DENSE_MODELS = tuple(name for name in known_model_ids() if not load_model(name).num_experts)
+EXPERTS = "Qwen/Qwen3-30B-A3B"
 
 
 def spec(name: str) -> AnalyticProfile:
@@ -25,26 +39,108 @@ def device_ms(profile: AnalyticProfile, model: str, features: StepFeatures, tp: 
     return make_step_cost_model(profile, load_model(model), tp).step_cost(features).device_fs / MS_FS
 
 
-@pytest.mark.parametrize("name", known_model_ids())
+def linear_shapes(model: ModelShape, tp: int) -> list[tuple[int, int, int]]:
+    """(outputs, inputs, how many) of the layers' matrix products."""
+    return [
+        (nodes.outputs[0].width, nodes.inputs[0].width, nodes.count)
+        for nodes in equal_nodes(engine_graph(model, tp))
+        if isinstance(nodes.operator, Linear) and nodes.count > 1
+    ]
+
+
+@pytest.mark.parametrize("name", DENSE_MODELS)
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_projections_hold_the_layers_weights(name: str, tp: int) -> None:
+def test_the_flops_of_a_token_are_two_for_each_weight_of_the_layers(name: str, tp: int) -> None:
     model = load_model(name)
-    held = tp * sum(p.num_outputs * p.num_inputs for p in layer_projections(model, tp))
+    weights = sum(outputs * inputs * count for outputs, inputs, count in linear_shapes(model, tp))
+    replicated = max(1, tp // model.num_kv_heads) - 1
+    copies = 2 * replicated * model.kv_width * model.hidden_size * model.num_layers
+    parameters = model.num_layers * model.num_layer_parameters(0)
     # Norms and biases are all that is missing.
-    assert held <= model.num_layer_parameters < held * 1.001
+    assert tp * weights - copies <= parameters < (tp * weights - copies) * 1.005
 
 
-@pytest.mark.parametrize("name", known_model_ids())
+def test_the_layers_products_are_four_and_joined() -> None:
+    """Llama-3.1-8B by hand: query, key and value; output; gate and up; down."""
+    model = load_model("meta-llama/Llama-3.1-8B")
+    assert linear_shapes(model, 1) == [
+        (4096 + 2 * 1024, 4096, 32),
+        (4096, 4096, 32),
+        (2 * 14336, 4096, 32),
+        (4096, 14336, 32),
+    ]
+    assert linear_shapes(model, 4)[0] == (1024 + 2 * 256, 4096, 32)
+
+
+def test_streamed_bytes_of_a_llama_layer_are_those_counted_by_hand() -> None:
+    """Each add with its norm passes four rows, the gate three, rotation reads and writes queries, keys and values."""
+    model = load_model("meta-llama/Llama-3.1-8B")
+    two, three = (
+        make_graph_prices(spec("h200/spec"), engine_graph(replace(model, num_layers=layers), 1)) for layers in (2, 3)
+    )
+    gbps = two.profile.device.memory_gbps * two.profile.rates.stream_memory_efficiency
+    tokens = 10_000
+    added = (three.stream_ns(decode_sizes(tokens)) - two.stream_ns(decode_sizes(tokens))) * gbps
+    width = 8 * 4096 + 3 * 14336 + 2 * (4096 + 2 * 1024)
+    positions_and_weights = 8 * tokens + 2 * 2 * 4096
+    assert added == pytest.approx(tokens * 2 * width + positions_and_weights, rel=1e-6)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_attention_counts_the_ranks_own_heads(tp: int) -> None:
+    model = load_model("Qwen/Qwen2.5-32B")
+    prices = make_graph_prices(spec("h200/spec"), engine_graph(model, tp))
+    work = prices.attention_work(StepSizes(num_context_tokens=1, num_token_pairs=1))
+    assert work.kv_read_bytes * tp == model.kv_bytes_per_token
+    assert work.flops * tp == 4 * model.num_layers * model.query_width
+
+
+def test_collectives_of_a_step_are_two_for_each_layer_and_two_for_the_vocabulary() -> None:
+    model = load_model("Qwen/Qwen2.5-72B")
+    counts = {type(nodes.operator).__name__: 0 for nodes in equal_nodes(engine_graph(model, 4))}
+    for nodes in equal_nodes(engine_graph(model, 4)):
+        counts[type(nodes.operator).__name__] += nodes.count
+    assert counts["AllReduce"] == 2 * model.num_layers + 1
+    assert counts["AllGather"] == 1
+    assert not any(isinstance(nodes.operator, AllReduce) for nodes in equal_nodes(engine_graph(model, 1)))
+
+
+@pytest.mark.parametrize("name", BIG_MODELS)
 def test_a_small_decode_takes_at_least_the_reading_of_all_weights(name: str) -> None:
     profile, model = spec("h200/spec"), load_model(name)
     read_bytes = model.weight_bytes - (0 if model.tied_embeddings else model.vocab_size * model.hidden_size * 2)
+    if model.num_experts:
+        idle_experts = model.num_experts - model.experts_per_token
+        expert_bytes = 3 * model.hidden_size * model.expert_intermediate_size * model.dtype_bytes
+        read_bytes -= model.num_layers * idle_experts * expert_bytes
     floor_ms = read_bytes / profile.device.memory_gbps / 1e6
     assert floor_ms < device_ms(profile, name, StepFeatures(1, 0)) < 2 * floor_ms + 2
 
 
+def test_more_tokens_touch_more_experts_until_all_are_read() -> None:
+    profile, model = spec("h200/spec"), load_model(EXPERTS)
+    times = [device_ms(profile, EXPERTS, StepFeatures(size, 0)) for size in (1, 4, 16, 64, 256)]
+    assert all(after > before for before, after in pairwise(times))
+    all_weights_ms = model.weight_bytes / profile.device.memory_gbps / 1e6
+    assert times[0] < all_weights_ms / 2
+    assert all_weights_ms < times[-1]
+    # Eight tokens cost less than eight times one: they share attention's weights, and some experts.
+    assert device_ms(profile, EXPERTS, StepFeatures(8, 0)) < 8 * times[0]
+
+
+def test_experts_take_the_arithmetic_of_the_few_that_a_token_goes_to() -> None:
+    profile, model = spec("h200/spec"), load_model(EXPERTS)
+    prices = make_graph_prices(profile, engine_graph(model, 1))
+    per_token = 3 * model.experts_per_token * model.expert_intermediate_size * model.hidden_size
+    dense = model.hidden_size * (2 * model.query_width + 2 * model.kv_width + model.num_experts)
+    flops = 2 * 8192 * model.num_layers * (per_token + dense)
+    floor_ns = flops / profile.device.bf16_tflops / 1e3
+    assert floor_ns < prices.gemm_ns(mixed_sizes(8192)) < 2 * floor_ns
+
+
 def test_a_long_prefill_takes_at_least_its_arithmetic() -> None:
     profile, model = spec("h200/spec"), load_model("Qwen/Qwen3-8B")
-    flops = 2 * 8192 * model.num_layers * model.num_layer_parameters
+    flops = 2 * 8192 * model.num_layers * model.num_layer_parameters(0)
     floor_ms = flops / profile.device.bf16_tflops / 1e9
     assert floor_ms < device_ms(profile, "Qwen/Qwen3-8B", StepFeatures(0, 0, ((8192, 0),))) < 2 * floor_ms
 
@@ -74,6 +170,9 @@ def test_all_reduces_cost_nothing_alone_and_grow_with_bytes_and_ranks() -> None:
         costs = [all_reduce_ns(profile, size, 2) for size in (1 << 13, 1 << 20, 1 << 24, 1 << 27)]
         assert costs == sorted(costs)
         assert all_reduce_ns(profile, 1 << 24, 8) > all_reduce_ns(profile, 1 << 24, 2)
+        assert all_gather_ns(profile, 1 << 24, 1) == 0
+        # Between two ranks, an all-reduce of n bytes and an all-gather of n from each move n over each link.
+        assert all_gather_ns(profile, 1 << 24, 2) == all_reduce_ns(profile, 1 << 24, 2)
 
 
 def test_a_measured_shape_costs_what_was_measured() -> None:
@@ -93,13 +192,13 @@ def test_shapes_that_were_not_measured_are_priced_from_their_neighbours() -> Non
     table = profile.gemm_table
     assert table is not None
     errors = []
-    for p in layer_projections(load_model("meta-llama/Llama-3.1-8B"), 1):
-        others = tuple(c for c in table.curves if (c.n, c.k) != (p.num_outputs, p.num_inputs))
+    for outputs, inputs, _ in linear_shapes(load_model("meta-llama/Llama-3.1-8B"), 1):
+        others = tuple(c for c in table.curves if (c.n, c.k) != (outputs, inputs))
         assert len(others) == len(table.curves) - 1
         left_out = MeasuredGemm(replace(table, curves=others), profile.device, 2)
         full = MeasuredGemm(table, profile.device, 2)
         for num_tokens in (1, 16, 64, 256, 1024, 4096):
-            shape = (num_tokens, p.num_outputs, p.num_inputs)
+            shape = (num_tokens, outputs, inputs)
             errors.append(abs(left_out.gemm_ns(*shape) / full.gemm_ns(*shape) - 1))
     assert sum(errors) / len(errors) < 0.08
     assert max(errors) < 0.35

@@ -107,6 +107,10 @@ class ExecutionGraph(msgspec.Struct, frozen=True, dict=True):
         return {tensor.name: tensor for tensor in self.tensors}
 
     @cached_property
+    def weights_by_name(self) -> dict[str, WeightSpec]:
+        return {spec.name: spec for spec in self.weights}
+
+    @cached_property
     def producers(self) -> dict[str, Node]:
         """The node that writes each activation."""
         return {output: node for node in self.nodes for output in node.outputs}

@@ -43,8 +43,7 @@ def _joined(graph: ExecutionGraph, nodes: Sequence[Node]) -> Replacement:
 
 
 def _joined_spec(graph: ExecutionGraph, names: Sequence[str], joined_name: str) -> WeightSpec:
-    by_name = {spec.name: spec for spec in graph.weights if spec.name in names}
-    specs = [by_name[name] for name in names]
+    specs = [graph.weights_by_name[name] for name in names]
     sources = tuple(source for spec in specs for source in spec.sources)
     return WeightSpec(joined_name, (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:]), sources)
 

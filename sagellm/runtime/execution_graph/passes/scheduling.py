@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import pairwise
 
 import msgspec
 
@@ -99,7 +100,7 @@ def _dependencies(graph: ExecutionGraph) -> tuple[list[list[int]], list[int]]:
     position = {node.name: index for index, node in enumerate(graph.nodes)}
     pairs = [(position[edge.before], position[edge.after]) for edge in graph.edges]
     collectives = [position[node.name] for node in graph.nodes if node.operator.is_collective]
-    pairs += zip(collectives, collectives[1:], strict=False)
+    pairs += pairwise(collectives)
     followers: list[list[int]] = [[] for _ in graph.nodes]
     num_waited_for = [0] * len(graph.nodes)
     for before, after in pairs:

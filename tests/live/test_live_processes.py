@@ -1,0 +1,194 @@
+"""Faults of real processes: what is killed, hung or left alone costs time, and nothing else."""
+
+import asyncio
+import io
+import os
+import signal
+from collections.abc import Awaitable, Callable
+
+import pytest
+from both_drivers import Cluster, instance, read, request
+
+from backends.null.executor import made_up_token_id
+from sagellm.core.config import ControlPlaneConfig, HandoverStart, InstanceConfig, Role
+from sagellm.core.identity import InstanceId
+from sagellm.core.request import FinishReason, RequestSpec
+from sagellm.log_replay import replay_log
+from sagellm.server.engine import OutputDelta, RequestOutcome
+from sagellm.server.live.front_driver import LiveEngine
+from sagellm.server.live.instance_driver import DriverOptions
+from sagellm.server.live.live_log import LiveLog
+from sagellm.server.live.supervisor import InstanceProcesses
+
+NUM_BLOCKS = 4096
+Scenario = Callable[[LiveEngine, InstanceProcesses], Awaitable[None]]
+
+
+def serve(cluster: Cluster, scenario: Scenario, *, silence_s_max: float = 30.0) -> None:
+    """Run the scenario on processes; then nothing is left over, and the log replays."""
+    file = io.BytesIO()
+    host = InstanceProcesses(
+        [each.settings for each in cluster.deployment().instances],
+        DriverOptions(keeps_log=True, checks=True),
+        silence_s_max=silence_s_max,
+    )
+
+    async def run() -> None:
+        engine = LiveEngine(cluster.deployment(), host, log=LiveLog(file, cluster.header()))
+        await engine.start()
+        try:
+            await asyncio.wait_for(scenario(engine, host), 20)
+            assert engine.num_unfinished == 0
+        finally:
+            await engine.drain(0)
+        engine._control_plane.check()
+        assert engine._control_plane.num_unfinished == 0
+        assert all(each.status.num_blocks_in_use == 0 for each in engine.snapshots() if not each.is_lost)
+
+    asyncio.run(run())
+    for process_id in process_ids(host).values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(process_id, 0)
+    assert not host._folder.exists()
+    assert replay_log(iter(file.getvalue().splitlines(keepends=True)), "log").difference is None
+
+
+def process_ids(host: InstanceProcesses) -> dict[InstanceId, int]:
+    return {each.instance_id: each.process.pid for each in host._processes.values() if each.process is not None}
+
+
+def big(name: str, role: Role = Role.MIXED) -> InstanceConfig:
+    return instance(name, role, NUM_BLOCKS)
+
+
+def expected(spec: RequestSpec) -> list[int]:
+    return [made_up_token_id(position) for position in range(spec.max_output_tokens)]
+
+
+async def read_some(engine: LiveEngine, spec: RequestSpec, num_tokens: int, then: Callable[[], None]) -> list[int]:
+    """All tokens of a request; ``then`` happens when so many are there."""
+    token_ids: list[int] = []
+    is_done = False
+    async for item in engine.submit(spec):
+        if isinstance(item, OutputDelta):
+            token_ids.extend(item.token_ids)
+            if len(token_ids) >= num_tokens and not is_done:
+                is_done = True
+                then()
+        else:
+            assert item == RequestOutcome(FinishReason.LENGTH)
+    assert is_done
+    return token_ids
+
+
+@pytest.mark.parametrize(
+    ("roles", "killed", "num_tokens"),
+    [
+        ((Role.MIXED, Role.MIXED), 0, 300),
+        ((Role.PREFILL, Role.DECODE), 0, 1),
+        ((Role.PREFILL, Role.DECODE), 1, 200),
+    ],
+)
+def test_a_killed_instance_costs_no_token_and_repeats_none(
+    roles: tuple[Role, ...], killed: int, num_tokens: int
+) -> None:
+    """F1, F2, F4, F5."""
+    config = ControlPlaneConfig(handover_start=HandoverStart.STREAMED)
+    cluster = Cluster(tuple(big(f"i{index}", role) for index, role in enumerate(roles)), config)
+    specs = [request(name, 200 + name, 600, first_id=1000 * name) for name in range(6)]
+
+    async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
+        victim = process_ids(host)[InstanceId(f"i{killed}")]
+        others = [asyncio.ensure_future(read(engine.submit(spec))) for spec in specs[1:]]
+        token_ids = await read_some(engine, specs[0], num_tokens, lambda: os.kill(victim, signal.SIGKILL))
+        assert token_ids == expected(specs[0])
+        for spec, (got, outcome) in zip(specs[1:], await asyncio.gather(*others), strict=True):
+            assert outcome == RequestOutcome(FinishReason.LENGTH)
+            assert got == expected(spec)
+        assert [each.is_lost for each in engine.snapshots()] == [index == killed for index in range(len(roles))]
+        assert engine.is_alive
+
+    serve(cluster, scenario)
+
+
+def test_without_instances_requests_end_and_the_engine_says_so() -> None:
+    async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
+        reading = [asyncio.ensure_future(read(engine.submit(request(name, 20, 5000)))) for name in range(3)]
+        await asyncio.sleep(0.05)
+        host.kill(InstanceId("only"))
+        for _, outcome in await asyncio.gather(*reading):
+            assert outcome == RequestOutcome(None, "no instance is left to serve it", retryable=True)
+        assert not engine.is_alive
+        _, outcome = await read(engine.submit(request("late")))
+        assert outcome.reason is None
+
+    serve(Cluster((big("only"),)), scenario)
+
+
+def test_an_instance_that_hangs_is_ended() -> None:
+    async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
+        victim = process_ids(host)[InstanceId("a")]
+        spec = request("r", 20, 400)
+        token_ids = await read_some(engine, spec, 10, lambda: os.kill(victim, signal.SIGSTOP))
+        assert token_ids == expected(spec)
+        assert engine.snapshots()[0].is_lost
+
+    serve(Cluster((big("a"), big("b"))), scenario, silence_s_max=1.2)
+
+
+def test_clients_that_leave_at_any_token_leave_nothing() -> None:
+    """F14, F15: also when the last token is on its way."""
+    cluster = Cluster((big("p", Role.PREFILL), big("d", Role.DECODE)))
+
+    async def leave(engine: LiveEngine, spec: RequestSpec, num_tokens: int) -> RequestOutcome:
+        got = 0
+        if num_tokens == 0:
+            asyncio.get_running_loop().call_soon(engine.cancel, spec.request_id)
+        async for item in engine.submit(spec):
+            if isinstance(item, RequestOutcome):
+                return item
+            got += len(item.token_ids)
+            if got >= num_tokens:
+                engine.cancel(spec.request_id)
+        raise AssertionError("no outcome came")
+
+    async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
+        outcomes = await asyncio.gather(
+            *(leave(engine, request(name, 30, 60, first_id=100 * name), name) for name in range(64))
+        )
+        assert {outcome.reason for outcome in outcomes} <= {FinishReason.ABORT, FinishReason.LENGTH}
+        assert outcomes[0].reason is FinishReason.ABORT
+        assert outcomes[-1].reason is FinishReason.LENGTH
+
+    serve(cluster, scenario)
+
+
+def test_draining_lets_end_what_can_and_takes_nothing_new() -> None:
+    """F35, as far as the engine goes."""
+
+    async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
+        short = asyncio.ensure_future(read(engine.submit(request("short", 20, 50))))
+        endless = asyncio.ensure_future(read(engine.submit(request("endless", 20, 60_000))))
+        await asyncio.sleep(0.05)
+        draining = asyncio.ensure_future(engine.drain(0.3))
+        await asyncio.sleep(0)
+        assert engine.is_draining
+        _, refused = await read(engine.submit(request("late")))
+        assert refused == RequestOutcome(None, "the server is being stopped", retryable=True)
+        await draining
+        assert (await short)[1] == RequestOutcome(FinishReason.LENGTH)
+        assert (await endless)[1] == RequestOutcome(FinishReason.ABORT)
+
+    serve(Cluster((big("a"),)), scenario)
+
+
+def test_many_requests_in_a_row_leave_nothing() -> None:
+    """Step by step the same as for the first request, and blocks as at the start."""
+    cluster = Cluster((instance("p", Role.PREFILL, 64), instance("d", Role.DECODE, 64)))
+
+    async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
+        for name in range(60):
+            spec = request(name, 30, 6, first_id=name)
+            assert await read(engine.submit(spec)) == (expected(spec), RequestOutcome(FinishReason.LENGTH))
+
+    serve(cluster, scenario)

@@ -1,0 +1,128 @@
+"""Draws each sequence's next token from its logits, on the device, without asking it anything in between."""
+
+from dataclasses import dataclass
+
+import torch
+
+from backends.model_runner.sampler.cutoff import min_p_floor, top_floor
+from backends.model_runner.sampler.device_draw_plan import DeviceDrawPlan, DevicePenaltyRows, DeviceRandomRows
+from backends.model_runner.sampler.draw_plan import PenaltyRows, RandomRows
+from backends.model_runner.sampler.gumbel_noise import exponential_noise, token_hashes
+from backends.model_runner.sampler.logit_edits import apply_edits
+from backends.model_runner.sampler.penalties import apply_penalties
+
+_NUM_CELLS_MAX_CPU = 1 << 18
+_NUM_CELLS_MAX = 1 << 25
+"""Logits that are worked on at a time: what fits a core's cache, or keeps a device busy in a bounded room."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnLogprobs:
+    """Raw log-probabilities of the rows that asked; the drawn token first, then the most likely ones."""
+
+    token_ids: torch.Tensor  # [num_reported, 1 + num_logprobs_max] int64
+    logprobs: torch.Tensor  # [num_reported, 1 + num_logprobs_max] float32
+    drawn_ranks: torch.Tensor  # [num_reported] int64, from 1
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnTokens:
+    """One token for each row of the logits."""
+
+    token_ids: torch.Tensor  # [num_rows] int64
+    is_invalid: torch.Tensor  # [num_rows] bool: the logits were not finite, or nothing was left to draw
+    logprobs: DrawnLogprobs | None
+
+
+class Sampler:
+    """The drawing of one model on one device. Holds no state of requests."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._hashes = token_hashes(vocab_size, device)
+        num_cells = _NUM_CELLS_MAX_CPU if device.type == "cpu" else _NUM_CELLS_MAX
+        self._num_rows_max = max(1, num_cells // vocab_size)
+
+    def draw(self, logits: torch.Tensor, plan: DeviceDrawPlan, token_table: torch.Tensor) -> DrawnTokens:
+        """Tokens for logits [num_rows, vocab_size] float32, which are overwritten.
+
+        ``token_table`` [num_table_rows, num_columns] has prompt and output of every request.
+        The order of changes is vLLM's: allowed tokens, bias, tokens held back, bad words, penalties,
+        temperature, min_p, top_k, top_p.
+        """
+        is_invalid = logits.sum(1).isfinite().logical_not_()
+        if plan.refused_rows is not None:
+            is_invalid.index_fill_(0, plan.refused_rows, True)
+        raw = None if plan.logprob_rows is None else logits.index_select(0, plan.logprob_rows)
+        if plan.edits is not None:
+            apply_edits(logits, plan.edits, token_table)
+        if plan.penalties is not None:
+            assert plan.host.penalties is not None
+            self._penalise(logits, plan.penalties, plan.host.penalties, token_table)
+        best, token_ids = logits.max(1)
+        if plan.edits is not None:
+            is_invalid |= best == -torch.inf
+        if plan.random is not None:
+            assert plan.host.random is not None
+            token_ids.index_copy_(0, plan.random.rows, self._draw_random(logits, plan.random, plan.host.random))
+        logprobs = None
+        if raw is not None:
+            assert plan.logprob_rows is not None
+            assert plan.host.logprobs is not None
+            logprobs = _logprobs(raw, token_ids[plan.logprob_rows], plan.host.logprobs.num_logprobs_max)
+        return DrawnTokens(token_ids, is_invalid, logprobs)
+
+    def _penalise(
+        self, logits: torch.Tensor, rows: DevicePenaltyRows, host: PenaltyRows, token_table: torch.Tensor
+    ) -> None:
+        num_rows_max = self._num_rows_max
+        for start in range(0, host.rows.size, num_rows_max):
+            part = slice(start, start + num_rows_max)
+            token_ids = token_table[rows.table_rows[part], : host.num_tokens_max].to(torch.int64)
+            penalised = apply_penalties(
+                logits.index_select(0, rows.rows[part]),
+                token_ids,
+                rows.num_tokens[part],
+                rows.num_prompt_tokens[part],
+                rows.penalties[:, part],
+            )
+            logits.index_copy_(0, rows.rows[part], penalised)
+
+    def _draw_random(self, logits: torch.Tensor, rows: DeviceRandomRows, host: RandomRows) -> torch.Tensor:
+        """[num_random] int64, part by part; no part has rows of two kinds of cut-off."""
+        drawn = []
+        few_start = host.num_uncut
+        sort_start = few_start + host.num_few
+        for start, end, num_candidates in (
+            (0, few_start, 0),
+            (few_start, sort_start, host.few_top_k_max),
+            (sort_start, host.rows.size, logits.shape[1]),
+        ):
+            for part_start in range(start, end, self._num_rows_max):
+                part = slice(part_start, min(end, part_start + self._num_rows_max))
+                drawn.append(self._draw_part(logits, rows, part, num_candidates))
+        return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+
+    def _draw_part(
+        self, logits: torch.Tensor, rows: DeviceRandomRows, part: slice, num_candidates: int
+    ) -> torch.Tensor:
+        scores = logits.index_select(0, rows.rows[part]).div_(rows.temperature[part].unsqueeze(1))
+        if rows.log_min_p is not None:
+            scores.masked_fill_(scores < min_p_floor(scores, rows.log_min_p[part]), -torch.inf)
+        if num_candidates:
+            if num_candidates < scores.shape[1]:
+                candidates = scores.topk(num_candidates, 1).values
+            else:
+                candidates = scores.sort(1, descending=True).values
+            floor = top_floor(candidates, rows.top_k[part], rows.top_p[part])
+            scores.masked_fill_(scores < floor, -torch.inf)
+        noise = exponential_noise(self._hashes, rows.keys[:, part])
+        return scores.sub_(noise.log_()).argmax(1)
+
+
+def _logprobs(raw: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> DrawnLogprobs:
+    """Of logits [num_reported, vocab_size] as the model gave them."""
+    logprobs = raw.log_softmax(1)
+    drawn = logprobs.gather(1, token_ids.unsqueeze(1))
+    ranks = (logprobs > drawn).sum(1).add_(1)
+    top = logprobs.topk(min(num_logprobs, raw.shape[1]), 1)
+    return DrawnLogprobs(torch.cat((token_ids.unsqueeze(1), top.indices), 1), torch.cat((drawn, top.values), 1), ranks)

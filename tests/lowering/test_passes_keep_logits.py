@@ -98,7 +98,7 @@ def run_in_arena(graph: ExecutionGraph, program: GraphProgram, inputs: StepInput
     plan = plan_buffers(graph, sizes)
     assert plan.peak_bytes < plan.unshared_bytes
     arena = torch.full((plan.peak_bytes,), 255, dtype=torch.uint8)
-    offsets = {placement.tensor: placement.offset for placement in plan.placements}
+    offsets = {placement.name: placement.offset for placement in plan.placements}
     registers, storage = Registers(graph), storage_names(graph)
     step = StepState([None] * registers.count, inputs, cache.kv, program.attention_inputs(inputs, cache.kv))
     for name in graph.inputs:

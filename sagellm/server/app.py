@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
 from sagellm.server.app_settings import AppSettings
 from sagellm.server.engine import Engine
@@ -14,6 +15,10 @@ from sagellm.server.openai.error_responses import OpenAIRunner, errors_in_openai
 from sagellm.server.openai.header_limit import header_limit
 from sagellm.server.openai.request_ids import add_request_id
 from sagellm.server.openai.serving import SERVING, Serving
+from sagellm.server.page import page_endpoints
+from sagellm.server.page.live_figures import current_gauges
+from sagellm.server.prometheus.collector import MetricsCollector
+from sagellm.server.prometheus.http_metrics import HttpMetrics
 from sagellm.server.prometheus.serving_metrics import ServingMetrics
 from sagellm.server.tokenization.loading import load_tokenizer
 
@@ -28,7 +33,10 @@ def create_app(engine: Engine, settings: AppSettings, metrics: ServingMetrics | 
     ``metrics`` is the observer that the engine was made with; without it `/metrics` knows of instances only.
     Run it with `make_runner`. It does not drain the engine: whoever stops the server does.
     """
-    middlewares = [errors_in_openai_form, header_limit(settings.header_bytes_max)]
+    metrics = metrics or ServingMetrics(settings.model_name, settings.max_model_len)
+    metrics.series.gauges = lambda: current_gauges(engine)
+    http = HttpMetrics()
+    middlewares = [http.middleware(), errors_in_openai_form, header_limit(settings.header_bytes_max)]
     if settings.api_keys:
         middlewares.append(api_key_check(settings.api_keys))
     app = web.Application(
@@ -44,10 +52,12 @@ def create_app(engine: Engine, settings: AppSettings, metrics: ServingMetrics | 
         engine=engine,
         settings=settings,
         tokenizer=load_tokenizer(settings.tokenizer_folder, settings.chat_template),
-        metrics=metrics or ServingMetrics(settings.model_name, settings.max_model_len),
+        metrics=metrics,
         encoders=ThreadPoolExecutor(_NUM_ENCODERS, thread_name_prefix="encode"),
         started_s=int(time.time()),
     )
+    app[page_endpoints.REGISTRY] = CollectorRegistry()
+    app[page_endpoints.REGISTRY].register(MetricsCollector(engine, metrics, http))
     app.add_routes(_routes())
     app.on_response_prepare.append(add_request_id)
     app.cleanup_ctx.append(_encoders_closed)
@@ -72,6 +82,9 @@ def _routes() -> list[web.RouteDef]:
         web.get("/load", server_endpoints.load),
         web.post("/tokenize", token_endpoints.tokenize),
         web.post("/detokenize", token_endpoints.detokenize),
+        web.get("/metrics", page_endpoints.prometheus),
+        web.get("/", page_endpoints.live_page),
+        web.get("/sagellm/live", page_endpoints.live),
     ]
 
 

@@ -122,7 +122,15 @@ async def _answered(
         return await _streamed(EventStream(request, serving.settings.write_timeout_s), answers, form, options)
     finally:
         answers.close()
+        _count(answers, options, serving)
         serving.request_ids.discard(answers.request_id)
+
+
+def _count(answers: Answers, options: GenerationOptions, serving: Serving) -> None:
+    for start in range(0, len(answers.generations), options.num_choices):
+        prompt, first = answers.prompt_of(start), answers.generations[start]
+        num_computed = len(prompt.token_ids) - first.num_cached_tokens
+        serving.metrics.observe_answer(options.num_choices, prompt.max_output_tokens, num_computed)
 
 
 async def _whole(answers: Answers, form: AnswerForm) -> web.Response:

@@ -1,0 +1,1 @@
+"""The live page at ``/``, and the figures that it draws."""

@@ -1,5 +1,6 @@
 """Tiny random models of each family, as transformers makes and saves them."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ class TinyModel:
 
 def make_tiny_model(name: str, folder: Path) -> TinyModel:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
+    config = copy.deepcopy(CONFIGS[name])  # saving a model writes its type into the configuration
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # Biases and norms begin as zeros and ones, which would hide that they are left out.
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith(".bias") or parameter.dim() == 1:

@@ -5,6 +5,7 @@ Layers of one kind are alike, so a graph with two of each kind tells the sizes o
 
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 
 from sagellm.cost_model.graph_prices import engine_graph
 from sagellm.models.model_shape import ModelShape
@@ -14,6 +15,7 @@ from sagellm.runtime.execution_graph.tensors import StepSizes
 NO_TOKENS = StepSizes()
 
 
+@lru_cache(maxsize=64)
 def rank_weight_bytes(model: ModelShape, tp: int) -> int:
     """Weights on one of ``tp`` ranks.
 
@@ -33,6 +35,7 @@ def rank_weight_bytes(model: ModelShape, tp: int) -> int:
     return num_bytes[None] + sum(num_bytes[first_of_kind[model.has_experts(i)]] for i in range(model.num_layers))
 
 
+@lru_cache(maxsize=64)
 def activation_bytes(model: ModelShape, tp: int, sizes: StepSizes) -> int:
     """The arena that holds all activations of a step of ``sizes`` on one of ``tp`` ranks.
 

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from sagellm.cost_model.profile import DeviceSheet, GemmTable, OperatorRates
@@ -46,16 +46,19 @@ class MeasuredGemm:
     table: GemmTable
     device: DeviceSheet
     dtype_bytes: int
+    # What has been worked out before. It changes no answer.
+    _nearest_by_shape: dict[tuple[int, int], list[tuple[float, int]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def gemm_ns(self, m: int, n: int, k: int) -> float:
         factor = clamped(self.table.step_factor_num_tokens, self.table.step_factor, m)
         return factor * self._isolated_ns(m, n, k)
 
     def _isolated_ns(self, m: int, n: int, k: int) -> float:
-        nearest = sorted(
-            (math.log(curve.n / n) ** 2 + math.log(curve.k / k) ** 2, index)
-            for index, curve in enumerate(self.table.curves)
-        )[:NEIGHBOURS]
+        nearest = self._nearest_by_shape.get((n, k))
+        if nearest is None:
+            nearest = self._nearest_by_shape[n, k] = self._nearest(n, k)
         if nearest[0][0] == 0.0:
             return self._measured_ns(nearest[0][1], m)
         total = weight_sum = 0.0
@@ -64,6 +67,13 @@ class MeasuredGemm:
             total += self._measured_ns(index, m) / self._peak_ns(m, curve.n, curve.k) / distance
             weight_sum += 1 / distance
         return self._peak_ns(m, n, k) * total / weight_sum
+
+    def _nearest(self, n: int, k: int) -> list[tuple[float, int]]:
+        """(distance, index) of the nearest curves."""
+        return sorted(
+            (math.log(curve.n / n) ** 2 + math.log(curve.k / k) ** 2, index)
+            for index, curve in enumerate(self.table.curves)
+        )[:NEIGHBOURS]
 
     def _measured_ns(self, index: int, m: int) -> float:
         grid, times_us = self.table.num_tokens, self.table.curves[index].us

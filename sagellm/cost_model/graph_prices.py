@@ -7,6 +7,7 @@ tokens and query-key pairs, not in shapes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sagellm.cost_model.gemm_time import GemmTime, MeasuredGemm, RooflineGemm, linear
 from sagellm.cost_model.profile import AnalyticProfile
@@ -36,6 +37,7 @@ class EqualNodes:
         return self.operator.work(self.inputs, self.outputs, sizes)
 
 
+@lru_cache(maxsize=16)
 def engine_graph(model: ModelShape, tp: int) -> ExecutionGraph:
     """What one of ``tp`` ranks runs, with the fusions that serving engines have in common.
 

@@ -12,12 +12,12 @@ const time = (value) => {
   return (ms >= 100 ? ms.toFixed(0) : ms >= 10 ? ms.toFixed(1) : ms.toFixed(2)) + "\u00a0ms";
 };
 const axisTime = (value) => value >= 1 ? +value.toPrecision(3) + "\u00a0s" : +(value * 1000).toPrecision(3) + "\u00a0ms";
-const percent = (value) => value == null ? "\u2013" : (value * 100).toFixed(value < 0.1 ? 1 : 0) + "\u00a0%";
+const percent = (value) => value == null ? "\u2013" : (value * 100).toFixed(value && value < 0.1 ? 1 : 0) + "\u00a0%";
 const axisCount = (value) => value >= 10000 ? +(value / 1000).toPrecision(3) + "k" : String(+value.toPrecision(3));
 
 const CHARTS = [
-  {title: "Tokens per second", show: count, axis: axisCount, least: 10, lines: [
-    ["output", (s) => s.output_tokens], ["prompt", (s) => s.prompt_tokens]]},
+  {title: "Output tokens per second", show: count, axis: axisCount, least: 10, lines: [
+    ["all instances", (s) => s.output_tokens]]},
   {title: "Requests", show: count, axis: axisCount, least: 4, lines: [
     ["running", (s) => s.gauges.num_running], ["queued", (s) => s.gauges.num_queued]]},
   {title: "Requests per second", show: count, axis: axisCount, least: 4, lines: [
@@ -69,14 +69,16 @@ function draw(chart) {
   for (const share of [0, 0.5, 1]) {
     const at = y(top * share);
     parts.push(element("line", {class: share ? "grid" : "base", x1: LEFT, x2: width - RIGHT, y1: at, y2: at}));
-    parts.push(element("text", {x: LEFT - 6, y: at + 4, "text-anchor": "end"}, chart.axis(top * share)));
+    parts.push(element("text", {x: LEFT - 6, y: at + 4, "text-anchor": "end"}, share ? chart.axis(top * share) : "0"));
   }
   for (const [ago, label] of [[300, "5 min ago"], [150, "2.5 min"], [0, "now"]]) {
     const anchor = ago === 300 ? "start" : ago ? "middle" : "end";
     parts.push(element("text", {x: x(now - ago), y: HEIGHT - 4, "text-anchor": anchor}, label));
   }
-  chart.lines.forEach(([, value], index) => parts.push(
-    element("path", {d: pathOf(value, x, y), style: `stroke: var(--line${index})`})));
+  chart.lines.forEach(([, value], index) => {
+    const {line, dots} = pathsOf(value, x, y), style = `stroke: var(--line${index})`;
+    parts.push(element("path", {d: line, style}), element("path", {class: "dots", d: dots, style}));
+  });
   if (chart.pointed != null) {
     const at = x(chart.pointed);
     parts.push(element("line", {class: "cursor", x1: at, x2: at, y1: TOP, y2: HEIGHT - BOTTOM}));
@@ -89,17 +91,23 @@ function draw(chart) {
   });
 }
 
-/* A line through the seconds that have a value; it breaks over gaps of more than three seconds. */
-function pathOf(value, x, y) {
-  let path = "", last = -Infinity;
+/* A line through the seconds that have a value. It breaks over long gaps; what stands alone there is a dot. */
+function pathsOf(value, x, y) {
+  let line = "", dots = "", run = [], last = -Infinity;
+  const end = () => {
+    if (run.length > 1) line += "M" + run.join("L");
+    if (run.length === 1) dots += `M${run[0]}h0.01`;
+    run = [];
+  };
   for (const each of seconds) {
     const shown = value(each);
     if (shown == null) continue;
-    path += (each.second - last > 3 ? "M" : "L") + x(each.second).toFixed(1) + " " + y(shown).toFixed(1);
-    if (each.second - last > 3) path += "h0.01";
+    if (each.second - last > 10) end();
+    run.push(x(each.second).toFixed(1) + " " + y(shown).toFixed(1));
     last = each.second;
   }
-  return path;
+  end();
+  return {line, dots};
 }
 
 function point(chart, event) {

@@ -1,5 +1,7 @@
 """One request as its client saw it. Times are nanoseconds from the start of the run."""
 
+from __future__ import annotations
+
 from array import array
 from dataclasses import dataclass, field
 

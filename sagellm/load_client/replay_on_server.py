@@ -4,6 +4,8 @@ Only a follow-up in a session waits, for the answer before it. The clock is mono
 beginning of the trace.
 """
 
+from __future__ import annotations
+
 import asyncio
 import gc
 import secrets

@@ -80,7 +80,12 @@ Exit code 0: stopped as asked, 2: something to put right.
     metavar="NAME",
     help="Run on this instead of what the cluster's profiles name; none makes tokens up at no cost.",
 )
-@click.option("--num-threads", type=click.IntRange(min=1), metavar="N", help="Of one CPU instance.  [default: shared]")
+@click.option(
+    "--num-threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Of one CPU instance.  [default: all cores but one, shared out]",
+)
 @click.option(
     "--enable-request-id-headers", is_flag=True, help="Accepted for vLLM's sake: X-Request-Id is always sent."
 )

@@ -22,6 +22,8 @@ from sagellm.server.live.deployment import Deployment, ModelChoice, deploy
 
 TOY_CLUSTER = "cpu-toy"
 NO_BACKEND = "none"
+CPU_BACKEND = "cpu"
+CPU_PROFILE = "cpu/spec"
 _WITHOUT_CHECKPOINT = "sagellm/"  # models that are for random weights only
 _NEEDED_MODULES = ("zmq", "jinja2", "tokenizers", "prometheus_client")
 
@@ -58,16 +60,21 @@ def choose_served_cluster(options: ServeOptions) -> ServedCluster:
     with user_errors(ClusterFileError, BackendError, ValueError):
         is_toy = options.cluster is None and options.model is None
         cluster = _cluster(options)
+        # The devices come first: a model may have to be fetched, which is vain where nothing can run it.
+        num_devices = {
+            name: get_backend(name).get_device_count()
+            for name in _backends_of(cluster, options.backend)
+            if name not in (CPU_BACKEND, NO_BACKEND)
+        }
         model = _model(cluster.model, options)
         cluster = replace(cluster, model=str(model.folder or cluster.model))
-        used = _backends_of(cluster, options.backend)
         num_instances = sum(group.count for group in cluster.instances)
         deployment = deploy(
             cluster,
             ModelChoice(_load_format(options.load_format, model), options.dtype, options.seed),
             backend=options.backend,
-            num_devices={name: get_backend(name).get_device_count() for name in used if name not in ("cpu", "none")},
-            num_threads=options.num_threads or max(1, (os.cpu_count() or 1) // num_instances),
+            num_devices=num_devices,
+            num_threads=options.num_threads or _num_threads(num_instances),
         )
     return ServedCluster(deployment, model, is_toy)
 
@@ -91,10 +98,10 @@ def _cluster(options: ServeOptions) -> ClusterDescription:
 def _profile_here(backend_name: str | None) -> str:
     """The spec sheet of the best device of this machine."""
     if backend_name == NO_BACKEND:
-        return "cpu/spec"
+        return CPU_PROFILE
     backend = get_backend(backend_name)
-    if backend.name == "cpu":
-        return "cpu/spec"
+    if backend.name == CPU_BACKEND:
+        return CPU_PROFILE
     device = backend.get_device_info(0).name
     profile = _profile_of_device(device, list_profiles())
     if profile is None:
@@ -140,3 +147,8 @@ def _backends_of(cluster: ClusterDescription, backend: str | None) -> tuple[str,
     if backend is not None:
         return (backend,)
     return tuple(dict.fromkeys(backend_of_profile(group.profile) for group in cluster.instances))
+
+
+def _num_threads(num_instances: int) -> int:
+    """Of one CPU instance: what is left when the front has a core, shared out."""
+    return max(1, ((os.cpu_count() or 1) - 1) // num_instances)

@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from typing import IO
 
 import click
+from aiohttp import web
 
 from sagellm.commands.serve_cluster import ServedCluster, choose_served_cluster
 from sagellm.commands.serve_options import ServeOptions
-from sagellm.commands.user_error import UserError
+from sagellm.commands.user_error import UserError, user_errors
 from sagellm.core.identity import InstanceId
 from sagellm.core.log import LogHeader
 from sagellm.server.app import create_app, make_runner
@@ -72,13 +73,15 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+        except OSError:
+            listening.close()
+            raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot listen at {host}, port {port}: {reason}; choose another with --host, --port"
-        ) from error
+        raise UserError(f"cannot listen at {host}, port {port}: {reason}; choose another with --host, --port") from error
     return listening
 
 
@@ -105,17 +108,12 @@ async def _serve(
         log=None if log_file is None else LiveLog(log_file, _log_header(options, served)),
         seed=options.seed,
     )
+    with user_errors(ValueError):
+        runner = make_runner(create_app(engine, settings, metrics))
     stop = _stop_signal()
     if not await _start(engine, served, stop):
         return
-    try:
-        runner = make_runner(create_app(engine, settings, metrics))
-    except ValueError as error:
-        await engine.drain(0)
-        raise UserError(str(error)) from error
     await runner.setup()
-    from aiohttp import web
-
     listening.listen(_BACKLOG)
     await web.SockSite(runner, listening, backlog=_BACKLOG).start()
     _say_ready(options, served, settings, listening.getsockname()[1])

@@ -99,7 +99,9 @@ def rotary(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> t
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = torch.unflatten(x, -1, (-1, 2 * cos.shape[-1])).float().chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = torch.cat(
+        (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=-1
+    )
     return turned.to(x.dtype).flatten(-2)
 
 

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from sagellm.core.request import FinishReason
-from sagellm.load_client.completion_chunk import CompletionChunk
+from sagellm.load_client.completion_chunk import CompletionChunk, Usage
 
 FINISH_REASONS = {"length": FinishReason.LENGTH, "abort": FinishReason.ABORT, "error": FinishReason.ERROR}
 """What a server calls the end; anything else that it says means that the model stopped of itself."""
@@ -16,15 +16,16 @@ FINISH_REASONS = {"length": FinishReason.LENGTH, "abort": FinishReason.ABORT, "e
 class Answer:
     """What has come back so far.
 
-    TTFT ends with the first chunk that has text or tokens; a chunk without either, such as one that only
-    names a role, does not count. Gaps lie between such chunks, a chunk of several tokens counting once.
+    TTFT ends with the first chunk that brings a token: that has text, lists token ids, or raises the count of
+    tokens that the server sends along. One without any of these, such as one that only names a role, does
+    not count. Gaps lie between chunks that bring tokens, a chunk of several counting once.
     """
 
     sent_ns: int
     first_token_ns: int | None = None
     last_token_ns: int | None = None
     gaps_ns: array[int] = field(default_factory=lambda: array("q"))
-    num_chunks: int = 0  # with text or tokens
+    num_chunks: int = 0  # that brought tokens
     num_tokens_listed: int = 0  # in chunks that list their tokens
     num_tokens_used: int | None = None  # as the server counts them
     num_cached_tokens: int | None = None  # of the prompt; None: the server did not say
@@ -35,18 +36,24 @@ class Answer:
 
     def take(self, chunk: CompletionChunk, now_ns: int) -> None:
         """A chunk arrived."""
+        num_tokens_before = self.num_tokens_used or 0
+        if chunk.usage is not None:
+            self._take_usage(chunk.usage)
+        is_counted = (self.num_tokens_used or 0) > num_tokens_before
         for choice in chunk.choices or ():
-            if choice.has_output:
+            if choice.has_output or is_counted:
                 self._take_output(now_ns)
                 self.num_tokens_listed += len(choice.token_ids or ())
             if choice.finish_reason is not None:
                 # The last token may have no text of its own: it then comes with the reason alone.
                 self.last_token_ns = now_ns
                 self.finish_reason = FINISH_REASONS.get(choice.finish_reason, FinishReason.STOP)
-        if chunk.usage is not None:
-            self.num_tokens_used = chunk.usage.completion_tokens
-            if chunk.usage.prompt_tokens_details is not None:
-                self.num_cached_tokens = chunk.usage.prompt_tokens_details.cached_tokens
+
+    def _take_usage(self, usage: Usage) -> None:
+        if usage.completion_tokens is not None:
+            self.num_tokens_used = usage.completion_tokens
+        if usage.prompt_tokens_details is not None and usage.prompt_tokens_details.cached_tokens is not None:
+            self.num_cached_tokens = usage.prompt_tokens_details.cached_tokens
 
     def _take_output(self, now_ns: int) -> None:
         if self.first_token_ns is None:

@@ -7,7 +7,13 @@ from traces.request_trace import Trace
 
 
 class StreamOptions(msgspec.Struct):
+    """``continuous_usage_stats``, vLLM's extension, has the count of tokens come with every chunk.
+
+    Without it, a token that has no text yet (a part of a character) could not be told from no token.
+    """
+
     include_usage: bool = True
+    continuous_usage_stats: bool = True
 
 
 class CompletionRequest(msgspec.Struct, omit_defaults=True):

@@ -105,7 +105,7 @@ def test_what_is_sent_is_what_was_recorded() -> None:
         "model": MODEL,
         "max_tokens": 3,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         "temperature": 0.0,
         "ignore_eos": True,
     }
@@ -133,6 +133,17 @@ def test_tokens_without_text_are_tokens() -> None:
     record = only_record(answered(raw(with_ids + text_event("", "length") + DONE)))
     assert record.num_output_tokens == 2
     assert record.first_token_ns is not None
+
+
+def test_tokens_without_text_are_told_by_the_count_that_comes_along() -> None:
+    def counted(text: str, num_tokens: int, reason: str | None = None) -> bytes:
+        choice = {"index": 0, "text": text, "finish_reason": reason}
+        return event([choice], usage={"prompt_tokens": 5, "completion_tokens": num_tokens})
+
+    role, tokens, end = counted("", 0), counted("", 1) + counted("ab", 3) + counted("", 4), counted("", 4, "length")
+    result = answered(raw(role + tokens + end + DONE))
+    assert only_record(result).num_output_tokens == 4
+    assert len(result.metrics.itl_ns) == 2  # three chunks brought tokens; the first and the last of all did not
 
 
 COMPLETE = {

@@ -35,7 +35,7 @@ class UnknownFields:
         for name in sorted(names - self._told):
             if len(self._told) < _UNKNOWN_NAMES_MAX:
                 self._told.add(name)
-                _LOG.warning("requests have a field %r, which is not known and is ignored", shortened(name))
+                _LOG.warning("requests have a field %s, which is not known and is ignored", shortened(name))
 
 
 def read_body(raw: bytes, kind: type[Body], unknown_fields: UnknownFields) -> Body:

@@ -1,6 +1,7 @@
 """Names of HTTP requests: the client's own, or one that is drawn, and given back with the answer."""
 
 import secrets
+from typing import Any
 
 from aiohttp import web
 
@@ -8,7 +9,9 @@ from sagellm.server.openai.errors import ApiError
 from sagellm.server.openai.options import checked_request_id
 
 HEADER = "X-Request-Id"
-_KEY = "sagellm_request_id"
+_NAME = "sagellm_request_id"
+# aiohttp 3.14 warns of keys that are plain texts; earlier ones know no others.
+_KEY: Any = web.RequestKey(_NAME, str) if hasattr(web, "RequestKey") else _NAME
 
 
 def request_id_of(request: web.Request) -> str:

@@ -80,8 +80,8 @@ def _listen(host: str, port: int) -> socket.socket:
             listening.close()
             raise
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot listen at {host}, port {port}: {reason}; choose another with --host, --port") from error
+        place = f"{host}, port {port}: {error.strerror or error}"
+        raise UserError(f"cannot listen at {place}; choose another with --host, --port") from error
     return listening
 
 

@@ -7,8 +7,8 @@ from time import monotonic_ns
 class LiveClock:
     """Monotonic nanoseconds of one machine; on one host all processes share their zero.
 
-    It never shows less than it has shown, and once `reach` was called never less than that: who wakes
-    for a deadline a moment early, as timers do, still finds the deadline passed.
+    It never shows less than it has shown. Nobody is woken *for* a deadline: it is looked at on the clock,
+    so a timer that rings a moment early finds nothing to do yet.
     """
 
     __slots__ = ("_last_ns", "_read_ns")
@@ -20,7 +20,3 @@ class LiveClock:
     def now_ns(self) -> int:
         self._last_ns = max(self._last_ns, self._read_ns())
         return self._last_ns
-
-    def reach(self, at_ns: int) -> None:
-        """Never show less than this from now on."""
-        self._last_ns = max(self._last_ns, at_ns)

@@ -194,14 +194,28 @@ class LiveEngine:
 
     def _turn(self) -> None:
         self._turn_is_due = False
-        if self._inbox:
-            now_ns = self._clock.now_ns()
-            for effect in self._step_control_plane(now_ns):
-                self._observe(now_ns, effect)
-                self._perform(effect)
+        try:
+            if self._inbox:
+                now_ns = self._clock.now_ns()
+                for effect in self._step_control_plane(now_ns):
+                    self._observe(now_ns, effect)
+                    self._perform(effect)
+        except Exception:
+            # A fault of ours. Nothing that is decided from here on could be trusted, so clients are told.
+            self._break_down()
+            raise
         outbox, self._outbox = self._outbox, {}
         for instance_id, messages in outbox.items():
             self._host.send(instance_id, Deliver(tuple(messages)))
+
+    def _break_down(self) -> None:
+        """End everything: no request may wait for what will not come."""
+        self._is_draining = True
+        for instance_id, record in self._instances.items():
+            record.is_lost = True
+            self._host.kill(instance_id)
+        for request_id in list(self._streams):
+            self._end(request_id, RequestOutcome(FinishReason.ERROR, "the server broke down"))
 
     def _step_control_plane(self, now_ns: int) -> tuple[ControlPlaneEffect, ...]:
         inbox, self._inbox = self._inbox, []
@@ -269,7 +283,7 @@ class LiveEngine:
             self._instances[instance_id].status = message.status
             for observer in self._observers:
                 observer.observe_status(now_ns, message.status)
-        if message.log_lines and self._log is not None:
+        if self._log is not None:
             self._log.write(message.log_lines)
 
     def _pass_on(self, effect: OutgoingEffect, turn: Turn, now_ns: int) -> None:

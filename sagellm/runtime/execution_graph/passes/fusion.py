@@ -38,10 +38,8 @@ def _silu_multiply(graph: ExecutionGraph, multiply: Node) -> Replacement | None:
             or not isinstance(split.operator, Split)
         ):
             continue
-        widths = split.operator.widths
-        parts_meet = split.outputs == (silu.inputs[0], up) and widths == (widths[0],) * 2
         inner = (activated, *split.outputs)
-        if parts_meet and all(only_consumer(graph, name) for name in inner):
+        if split.outputs == (silu.inputs[0], up) and all(only_consumer(graph, name) for name in inner):
             fused = Node(multiply.name, SiluMultiply(), split.inputs, multiply.outputs, multiply.layer)
             return Replacement((split, silu, multiply), (fused,), inner)
     return None

@@ -1,4 +1,8 @@
-"""``python -m sim.calibration fit``: from measured steps to the profiles that are shipped."""
+"""``python -m sim.calibration``: from measured steps to profiles.
+
+``measure`` times the steps of an executor here and fits a profile to them; ``fit`` makes the shipped
+profiles of vLLM from its recorded steps.
+"""
 
 import argparse
 import sys
@@ -13,6 +17,7 @@ from sim.calibration.family_fit import fit_family
 from sim.calibration.fit_report import region_errors, summary, table_text
 from sim.calibration.h200_vllm import MODEL_ID, family_start, fitted_profile
 from sim.calibration.host_fit import HostFit, fit_host
+from sim.calibration.measure_command import add_measure_command
 from sim.calibration.measured_steps import MeasuredStep, read_requests, read_steps
 from sim.calibration.profile_writer import write_profile
 from sim.calibration.step_fit import fit_steps
@@ -21,7 +26,7 @@ from sim.calibration.step_fit import fit_steps
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        _fit(options)
+        options.run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -30,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sim.calibration", description=__doc__)
-    fit = parser.add_subparsers(required=True).add_parser("fit", help="fit the vLLM profiles of one H200")
+    commands = parser.add_subparsers(required=True)
+    add_measure_command(commands)
+    fit = commands.add_parser("fit", help="fit the vLLM profiles of one H200")
+    fit.set_defaults(run=_fit)
     fit.add_argument("--steps", type=Path, required=True, metavar="FILE", help="steps with synchronous scheduling")
     fit.add_argument(
         "--online",

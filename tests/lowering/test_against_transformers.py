@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_batches import PagedCache, Sequence
-from tiny_models import CONFIGS, NUM_POSITIONS, VOCAB_SIZE, TinyModel, make_tiny_model
+from paged_batches import Sequence
+from tiny_models import CONFIGS, VOCAB_SIZE, TinyModel, make_tiny_model
 
 from backends.lowering.program import GraphProgram
 
@@ -24,24 +24,11 @@ def programs(models: dict[str, TinyModel]) -> dict[str, GraphProgram]:
     return {name: model.program() for name, model in models.items()}
 
 
-def cache_for(model: TinyModel, block_size: int = 4, seed: int = 0) -> PagedCache:
-    config = model.reference.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return PagedCache(
-        num_layers=config.num_hidden_layers,
-        num_blocks=NUM_POSITIONS,
-        block_size=block_size,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        seed=seed,
-    )
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_prompt(models: dict[str, TinyModel], programs: dict[str, GraphProgram], name: str) -> None:
     model = models[name]
     token_ids = torch.randint(VOCAB_SIZE, (100,), generator=torch.Generator().manual_seed(1)).tolist()
-    cache = cache_for(model)
+    cache = model.cache()
     logits = programs[name].run(cache.batch([(Sequence(token_ids), 100)]), cache.kv)
     expected = model.logits(token_ids)
     assert logits.dtype == torch.float32
@@ -76,7 +63,7 @@ def test_any_schedule_gives_the_logits_of_one_pass(
     seed: int,
 ) -> None:
     model, program = models[name], programs[name]
-    cache = cache_for(model, block_size, seed)
+    cache = model.cache(block_size, seed)
     sequences = [Sequence(token_ids) for token_ids in schedule[0]]
     expected = [model.logits(token_ids) for token_ids in schedule[0]]
     for counts in schedule[1]:
@@ -94,7 +81,7 @@ def test_any_schedule_gives_the_logits_of_one_pass(
 
 def test_only_sampled_rows_come_out(models: dict[str, TinyModel]) -> None:
     model = models["qwen3"]
-    cache = cache_for(model)
+    cache = model.cache()
     inputs = cache.batch([(Sequence([1, 2, 3]), 3), (Sequence([4, 5]), 2)])
     inputs.sampled_rows = torch.tensor([2, 4])
     logits = model.program().run(inputs, cache.kv)
@@ -110,7 +97,7 @@ def test_half_precision_is_close_to_transformers_in_half_precision(tmp_path: Pat
     exact = model.logits(token_ids)
     half = TinyModel(model.reference.to(dtype), tmp_path)
     half.reference.save_pretrained(tmp_path)
-    cache = cache_for(half)
+    cache = half.cache()
     cache.kv.keys = [keys.to(dtype) for keys in cache.kv.keys]
     cache.kv.values = [values.to(dtype) for values in cache.kv.values]
     logits = half.program().run(cache.batch([(Sequence(token_ids), 40)]), cache.kv)

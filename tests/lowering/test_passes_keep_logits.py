@@ -68,9 +68,9 @@ def test_all_passes_keep_the_logits_of_several_ranks(model: TinyModel, tp: int) 
 
 def test_fusion_saves_launches(model: TinyModel) -> None:
     plain, fused = model.program(), model.program(optimised(model.graph(), "all"))
-    layers = model.reference.config.num_hidden_layers
+    saved_of_layer = 2 if model.reference.config.model_type == "opt" else 6  # OPT: two of three projections
     assert plain.num_launches == len(model.graph().nodes)
-    assert plain.num_launches - fused.num_launches >= 6 * layers
+    assert plain.num_launches - fused.num_launches >= saved_of_layer * model.reference.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("passes", ["join projections", "schedule", "all"])
@@ -78,15 +78,7 @@ def test_logits_are_the_same_in_planned_buffers(model: TinyModel, passes: str) -
     """Every activation is moved to its place in one arena that is full of garbage."""
     graph = optimised(model.graph(), passes)
     token_ids = list(range(3, 33))
-    config = model.reference.config
-    cache = PagedCache(
-        num_layers=config.num_hidden_layers,
-        num_blocks=16,
-        block_size=4,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        seed=0,
-    )
+    cache = model.cache()
     inputs = cache.batch([(Sequence(token_ids), len(token_ids))])
     logits = run_in_arena(graph, model.program(graph), inputs, cache)
     assert (logits - model.logits(token_ids)).abs().max() < DIFFERENCE_MAX

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from paged_batches import PagedCache, Sequence
+from paged_batches import Sequence
 from tiny_models import NUM_POSITIONS, VOCAB_SIZE, TinyModel, make_tiny_model
 
 from backends.lowering.lower import lower
@@ -20,7 +20,6 @@ PROMPT, NUM_DECODES = list(range(0, 60, 2)), 3
 
 def logits_of_rank(model: TinyModel, graph: ExecutionGraph, group: ThreadGroup, rank: int) -> torch.Tensor:
     """Logits of a prompt and some decodes, in a cache of this rank's heads."""
-    config = model.reference.config
     weights = load_weights(graph, Checkpoint(model.folder), rank=rank, device="cpu", progress=NoProgress())
     program = lower(
         graph,
@@ -31,14 +30,7 @@ def logits_of_rank(model: TinyModel, graph: ExecutionGraph, group: ThreadGroup, 
         num_positions=NUM_POSITIONS,
         communicator=group.rank(rank) if group.size > 1 else SingleRank(),
     )
-    cache = PagedCache(
-        num_layers=config.num_hidden_layers,
-        num_blocks=16,
-        block_size=4,
-        num_kv_heads=max(1, config.num_key_value_heads // graph.tp),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        seed=rank,
-    )
+    cache = model.cache(seed=rank, tp=graph.tp)
     sequence = Sequence(PROMPT)
     rows = []
     for num_tokens in (len(PROMPT) - NUM_DECODES, *[1] * NUM_DECODES):
@@ -54,7 +46,7 @@ def logits_of_all(model: TinyModel, graph: ExecutionGraph) -> list[torch.Tensor]
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
-@pytest.mark.parametrize("name", ["llama-biased", "llama-llama3-rope-tied", "qwen2", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama-biased", "llama-llama3-rope-tied", "qwen2", "qwen3", "qwen3-moe", "opt"])
 def test_ranks_together_give_the_logits_of_one(tmp_path_factory: pytest.TempPathFactory, name: str, tp: int) -> None:
     """8 ranks are more than there are key-value heads; 97 tokens of vocabulary divide by none of them."""
     model = make_tiny_model(name, tmp_path_factory.mktemp(name))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from paged_batches import PagedCache
 
 from backends.lowering.lower import lower
 from backends.lowering.program import GraphProgram
@@ -60,6 +61,18 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
     "qwen3-moe-mixed": transformers.Qwen3MoeConfig(
         **_SIZES, head_dim=16, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=32, mlp_only_layers=[1]
     ),
+    "opt": transformers.OPTConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=48,
+        word_embed_proj_dim=48,
+        ffn_dim=80,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        max_position_embeddings=NUM_POSITIONS,
+        init_std=0.2,
+        dropout=0.0,
+        dtype=torch.float32,
+    ),
 }
 
 
@@ -77,6 +90,19 @@ class TinyModel:
         graph = graph or self.graph()
         weights = load_weights(graph, Checkpoint(self.folder), rank=0, device="cpu", progress=NoProgress())
         return lower(graph, weights, kernels=KernelRegistry(), backend="cpu", device="cpu", num_positions=NUM_POSITIONS)
+
+    def cache(self, block_size: int = 4, seed: int = 0, tp: int = 1) -> PagedCache:
+        """An empty cache with the heads of one rank of ``tp``."""
+        config = self.reference.config
+        num_heads = config.num_attention_heads
+        return PagedCache(
+            num_layers=config.num_hidden_layers,
+            num_blocks=NUM_POSITIONS,
+            block_size=block_size,
+            num_kv_heads=max(1, getattr(config, "num_key_value_heads", num_heads) // tp),
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            seed=seed,
+        )
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """transformers' logits of every position: [len(token_ids), vocab_size]."""

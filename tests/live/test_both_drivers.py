@@ -36,12 +36,16 @@ def test_eight_requests_spread_over_four_idle_instances(run: Run, routing: str) 
 def test_an_urgent_request_overtakes_those_that_wait(run: Run) -> None:
     config = ControlPlaneConfig(strategy="priority", dispatch_tokens_max=1)
     cluster = Cluster((instance("a", max_num_seqs=1),), config)
-    first = (0.0, request("first", num_output_tokens=40))
+    first = (0.0, request("first", num_output_tokens=150))
     # One more is let through to the instance; the others wait where they can be overtaken.
     waiting = [(5.0, request(name, num_output_tokens=2, first_id=50)) for name in range(4)]
-    urgent = (10.0, request("urgent", num_output_tokens=2, priority=-1))
+    urgent = (25.0, request("urgent", num_output_tokens=2, priority=-1))
     records = run(cluster, Script((first, *waiting, urgent)))
-    assert records.first_token_order == ["first", "0", "urgent", "1", "2", "3"]
+    order = records.first_token_order
+    assert order[0] == "first"
+    assert [name for name in order if name != "urgent"] == ["first", *ids(range(4))]
+    # Live, a late timer may hand it in together with the others; then it is the one that is let through.
+    assert order.index(RequestId("urgent")) in (1, 2)
 
 
 @pytest.mark.parametrize("cancel_ms", [0, 1.5, 4, 9, 15, 30])
@@ -85,7 +89,7 @@ def test_what_fits_nowhere_is_refused(run: Run) -> None:
 
 def test_equal_beginnings_of_prompts_are_computed_once(run: Run) -> None:
     cluster = Cluster((instance("a"),))
-    arrivals = ((0.0, request("first", 64)), (40.0, request("same", 64)), (40.0, request("longer", 90)))
+    arrivals = ((0.0, request("first", 64)), (150.0, request("same", 64)), (150.0, request("longer", 90)))
     records = run(cluster, Script(arrivals))
     # The last token of a prompt is always computed, so of four blocks of 16 tokens three are reused.
     assert records.num_cached_tokens == {"first": 0, "same": 48, "longer": 64}
@@ -114,17 +118,17 @@ def test_when_memory_runs_out_every_token_still_comes_once(run: Run) -> None:
 @pytest.mark.parametrize("lost", [0, 2])
 def test_a_lost_instance_costs_no_token(run: Run, roles: tuple[Role, ...], lost: int) -> None:
     cluster = Cluster(tuple(instance(f"i{index}", role) for index, role in enumerate(roles)))
-    arrivals = tuple((index, request(index, 50, 40, first_id=100 * index)) for index in range(12))
+    arrivals = tuple((index, request(index, 50, 100, first_id=100 * index)) for index in range(12))
     records = run(cluster, Script(arrivals, losses=((20.0, InstanceId(f"i{lost}")),)))
     assert all(end == [FinishReason.LENGTH] for end in records.outcomes.values())
     assert len(records.assigned) > 12 or Role.PREFILL in roles
     for request_id in ids(range(12)):
-        assert records.num_tokens[request_id] == 40
+        assert records.num_tokens[request_id] == 100
 
 
 def test_with_no_instance_left_everything_is_told_so(run: Run) -> None:
     cluster = Cluster((instance("a"),))
-    arrivals = (*((0.0, request(name, num_output_tokens=100)) for name in range(4)), (60.0, request("late")))
+    arrivals = (*((0.0, request(name, num_output_tokens=400)) for name in range(4)), (60.0, request("late")))
     records = run(cluster, Script(arrivals, losses=((20.0, InstanceId("a")),)))
     assert len(records.outcomes) == 5
     for ends in records.outcomes.values():

@@ -29,6 +29,7 @@ SILENCE_S_MAX = 30.0
 """An instance speaks twice a second; one that has been silent for so long is hung."""
 STOP_S = 10.0
 _LAST_WORDS_S = 0.02
+_MESSAGES_AT_ONCE = 4
 _WATCH_EVERY_S = 1.0
 
 
@@ -41,6 +42,7 @@ class _InstanceProcess:
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self.is_gone = False
+        self.is_due = False  # what it said will be looked at soon
         self.last_words = ""
         self.heard_s = 0.0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
@@ -144,20 +146,36 @@ class InstanceProcesses:
             return
         process.socket.send(self._encoder.encode(message))
         # Sending may swallow the sign that something has arrived.
-        if int(process.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        if not process.is_due and int(process.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            process.is_due = True
             self._loop.call_soon(self._hear, process)
 
     def _hear(self, process: _InstanceProcess) -> None:
-        """Take all that has arrived: the socket gives one sign for any number of messages."""
-        if process.is_gone:
-            return
+        """Take what has arrived, with pauses: one instance that talks a lot must not keep clients waiting."""
+        process.is_due = False
+        if self._hear_some(process, _MESSAGES_AT_ONCE) and not process.is_due:
+            process.is_due = True
+            self._loop.call_soon(self._hear, process)
+
+    def _hear_some(self, process: _InstanceProcess, num_messages_max: int) -> bool:
+        """Take so many messages at most; True where there may be more.
+
+        The socket gives one sign for any number of messages, so somebody must come back for the others.
+        """
         try:
-            while not process.is_gone:
+            for _ in range(num_messages_max):
+                if process.is_gone:
+                    return False
                 payload = process.socket.recv(zmq.NOBLOCK)
                 process.heard_s = self._loop.time()
                 self._heard(process, self._decoder.decode(payload))
         except zmq.Again:
-            return
+            return False
+        return True
+
+    def _hear_all(self, process: _InstanceProcess) -> None:
+        while self._hear_some(process, _MESSAGES_AT_ONCE):
+            continue
 
     def _heard(self, process: _InstanceProcess, message: FromInstance) -> None:
         match message:
@@ -184,12 +202,12 @@ class InstanceProcesses:
             popen.kill()
 
     def _on_exit(self, process: _InstanceProcess, code: int) -> None:
-        self._hear(process)
+        self._hear_all(process)
         # The last that it said may still be on its way from the kernel to the socket.
         self._loop.call_later(_LAST_WORDS_S, self._lose, process, code)
 
     def _lose(self, process: _InstanceProcess, code: int) -> None:
-        self._hear(process)
+        self._hear_all(process)
         self._hang_up(process)
         assert process.process is not None
         assert process.process.stdin is not None
@@ -213,7 +231,7 @@ class InstanceProcesses:
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             for process in self._processes.values():
-                self._hear(process)
+                self._hear_all(process)
                 if not process.is_gone and self._loop.time() > process.heard_s + self._silence_s_max:
                     process.last_words = f"it has been silent for {self._silence_s_max:g} s"
                     self.kill(process.instance_id)

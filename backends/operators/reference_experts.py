@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as functional
 
+# Up to here a step of a large model reads nearly all experts anyway, and that takes longer than to use them.
+_TOKENS_AT_ONCE_MAX = 256
+
 
 def moe_router(logits: torch.Tensor, *, experts_per_token: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Each token's likeliest experts: their ids (int64) and shares, both [num_tokens, experts_per_token].
@@ -25,6 +28,15 @@ def moe_experts(
     projection's; ``down`` is [num_experts, hidden_size, intermediate_size]. Under tensor parallelism the
     intermediate size is a rank's share, and the result a summand.
     """
+    if x.device.type != "cpu" and x.shape[0] <= _TOKENS_AT_ONCE_MAX:
+        return experts_at_once(x, ids, shares, gate_up, down)
+    return experts_in_turn(x, ids, shares, gate_up, down)
+
+
+def experts_in_turn(
+    x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Every expert that is wanted, for its tokens only. The host waits to hear which those are."""
     result = torch.zeros_like(x)
     for expert in torch.unique(ids).tolist():
         tokens, places = torch.where(ids == expert)
@@ -32,3 +44,13 @@ def moe_experts(
         output = functional.linear(functional.silu(gate) * up, down[expert])
         result.index_add_(0, tokens, (output * shares[tokens, places, None]).to(x.dtype))
     return result
+
+
+def experts_at_once(
+    x: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Every expert for every token, those that it was not sent to with no share. The host need not wait."""
+    share_by_expert = x.new_zeros(x.shape[0], gate_up.shape[0]).scatter_add_(1, ids, shares)
+    gate, up = torch.matmul(x, gate_up.transpose(1, 2)).chunk(2, dim=-1)
+    weighted = functional.silu(gate) * up * share_by_expert.t().unsqueeze(-1)
+    return torch.matmul(weighted, down.transpose(1, 2)).sum(0)

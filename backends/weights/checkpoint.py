@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from sagellm.runtime.execution_graph.tensors import WeightSource
 
+FILE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 # Tensors that older checkpoints carry although they follow from the configuration.
@@ -105,10 +106,12 @@ class Checkpoint:
         index = self.folder / INDEX_NAME
         if index.is_file():
             return _names_of_index(index)
-        files = sorted(self.folder.glob("*.safetensors"))
+        # Some repositories keep the same weights twice, under the names of two projects.
+        whole = self.folder / FILE_NAME
+        files = [whole] if whole.is_file() else sorted(self.folder.glob("*.safetensors"))
         if not files:
             raise ValueError(
-                f"{self.folder}: there are no weights; the folder must hold model.safetensors or {INDEX_NAME} with its "
+                f"{self.folder}: there are no weights; the folder must hold {FILE_NAME} or {INDEX_NAME} with its "
                 "files, or ask for random weights with the load format dummy"
             )
         return {name: path for path in files for name in self._open(path).keys()}  # noqa: SIM118 - it is no dict

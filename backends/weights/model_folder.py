@@ -3,6 +3,7 @@
 from pathlib import Path
 
 _WANTED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+_OTHER_FORMS = ["consolidated*", "original/*"]  # the same weights once more
 
 
 def model_folder(model: str) -> Path:
@@ -16,7 +17,7 @@ def model_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_WANTED_FILES))
+        return Path(snapshot_download(model, allow_patterns=_WANTED_FILES, ignore_patterns=_OTHER_FORMS))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

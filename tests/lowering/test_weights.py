@@ -195,3 +195,8 @@ def test_progress_is_drawn_on_terminals_and_for_big_loads_only() -> None:
         progress.end()
     assert small.getvalue() == ""
     assert big.getvalue().endswith(f"weights [{'#' * 30}] 4.3 / 4.3 GB\n")
+
+
+def test_the_same_weights_in_another_form_are_not_looked_at(model: TinyModel) -> None:
+    save_file({"tok_embeddings.weight": torch.ones(2)}, model.folder / "consolidated.safetensors")
+    assert load(model.graph(), model.folder).keys() == load_file(model.folder / FILE).keys()

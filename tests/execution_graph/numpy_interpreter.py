@@ -88,9 +88,7 @@ def run(
     )
 
 
-def make_weight(
-    spec: WeightSpec, checkpoint: Callable[[str, tuple[int, ...]], Array], rank: int, tp: int
-) -> Array:
+def make_weight(spec: WeightSpec, checkpoint: Callable[[str, tuple[int, ...]], Array], rank: int, tp: int) -> Array:
     parts = []
     for source in spec.sources:
         dim, first, end = source.range_of(rank, tp)

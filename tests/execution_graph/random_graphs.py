@@ -111,7 +111,10 @@ def _add_something(
         gate, up = rng.choice([halves, halves, halves[::-1]])
         activated = graph.add(f"{name}.silu", ops.Silu(), gate)
         factors = rng.sample([activated, up], 2)
-        pool[width] += [graph.add(name, ops.Multiply(), *factors), *rng.sample([gate, up, activated], rng.randint(0, 1))]
+        pool[width] += [
+            graph.add(name, ops.Multiply(), *factors),
+            *rng.sample([gate, up, activated], rng.randint(0, 1)),
+        ]
     elif kind == "norm":
         pool[width].append(graph.add(name, ops.RmsNorm(1e-6), x, graph.whole(f"{name}.weight", width)))
     elif kind == "linears":
@@ -130,12 +133,12 @@ def _add_attention(
     q, k, v = (rng.choice(pool[width]) for _ in range(3))
     weight = graph.whole(f"{name}.head_norm", HEAD_DIM)
     if rng.random() < 0.5:
-        norm = ops.HeadRmsNorm(HEAD_DIM, 1e-6)
-        q = graph.add(f"{name}.q_norm", norm, q, weight, layer=layer)
-        k = graph.add(f"{name}.k_norm", norm, k, weight, layer=layer)
-    rotary = ops.Rotary(HEAD_DIM, Rope())
-    q = graph.add(f"{name}.q_rotary", rotary, q, "positions", layer=layer)
-    k = graph.add(f"{name}.k_rotary", rotary, k, "positions", layer=layer)
+        eps, other_eps = rng.choice([(1e-6, 1e-6), (1e-6, 0.5)])
+        q = graph.add(f"{name}.q_norm", ops.HeadRmsNorm(HEAD_DIM, eps), q, weight, layer=layer)
+        k = graph.add(f"{name}.k_norm", ops.HeadRmsNorm(HEAD_DIM, other_eps), k, weight, layer=layer)
+    rope, other_rope = rng.choice([(Rope(), Rope()), (Rope(), Rope(100.0))])
+    q = graph.add(f"{name}.q_rotary", ops.Rotary(HEAD_DIM, rope), q, "positions", layer=layer)
+    k = graph.add(f"{name}.k_rotary", ops.Rotary(HEAD_DIM, other_rope), k, "positions", layer=layer)
     v = rng.choice([v, v, q])
     graph.add_many(f"{name}.write", ops.KVWrite(), k, v, layer=layer)
     heads = width // HEAD_DIM

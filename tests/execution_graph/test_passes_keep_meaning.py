@@ -84,7 +84,9 @@ def test_random_models(data: st.DataObject, tp: int, batch: Batch, rewrite: Pass
 
 
 @settings(max_examples=40, deadline=None)
-@given(data=st.data(), tp=st.sampled_from([2, 4]), batch=batches(), rewrite=st.sampled_from((all_fusions, random_order)))
+@given(
+    data=st.data(), tp=st.sampled_from([2, 4]), batch=batches(), rewrite=st.sampled_from((all_fusions, random_order))
+)
 def test_all_ranks_together_compute_what_one_does(data: st.DataObject, tp: int, batch: Batch, rewrite: Pass) -> None:
     config = data.draw(model_configs(tp))
     alone = without_past(batch)
@@ -132,7 +134,13 @@ def test_every_layer_is_fused(name: str, tp: int) -> None:
 def test_fusion_leaves_what_somebody_else_reads() -> None:
     """Outputs in the middle of a pattern survive, with their values."""
     config: ModelConfig = load_model_config("sagellm/toy")
-    for name in ("layers.0.gate_proj", "layers.0.silu", "layers.0.k_rotary", "layers.0.q_norm", "layers.1.mlp_residual"):
+    for name in (
+        "layers.0.gate_proj",
+        "layers.0.silu",
+        "layers.0.k_rotary",
+        "layers.0.q_norm",
+        "layers.1.mlp_residual",
+    ):
         graph = msgspec.structs.replace(build_graph(config), outputs=("logits", name))
         rewritten = all_fusions(graph)
         validate(rewritten)

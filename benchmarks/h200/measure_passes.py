@@ -2,7 +2,8 @@
 
 Every variant of the graph is lowered to the backend's kernels and timed: decode steps, launched one by one
 and (where the device can) replayed from a device graph, and prefills. Launches are operators that run
-something. Memory is the activations' peak as the allocator saw it, and as the memory pass plans it beside
+something; one that the backend has no kernel for is several of torch's, as the reference of a lone rotary
+embedding is. Memory is the activations' peak as the allocator saw it, and as the memory pass plans it beside
 what they would take with no buffer used twice. Prints a table; writes all figures to the JSON file given.
 
     python benchmarks/h200/measure_passes.py OUT.json --backend cuda --model Qwen/Qwen2.5-7B
@@ -84,8 +85,8 @@ class Measurement:
     unshared_mib: float
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_arguments(words)
     backend = get_backend(arguments.backend)
     config = load_model_config(arguments.model)
     batches = [int(size) for size in arguments.batches.split(",")]
@@ -104,7 +105,7 @@ def main() -> None:
     print_table(steps, measurements)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path, help="JSON file for the figures")
     parser.add_argument("--backend", "--device", default="cuda", help="name of a hardware backend")
@@ -113,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1024, help="tokens of KV of each decode")
     parser.add_argument("--prompts", default="1024,8192", help="tokens of a prefill")
     parser.add_argument("--budget-s", type=float, default=0.5, help="seconds of timing for each figure")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def is_no_other(config: ModelConfig, variant: str) -> bool:

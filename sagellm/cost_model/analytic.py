@@ -4,8 +4,7 @@ Every operator of one rank's graph is priced (``graph_prices``) at a grid of siz
 compiled into a ``StepPriceTable``.
 """
 
-from sagellm.cost_model.gemm_time import clamped
-from sagellm.cost_model.graph_prices import GraphPrices, engine_graph, make_graph_prices
+from sagellm.cost_model.graph_prices import GraphPrices, attention_read_efficiency, engine_graph, make_graph_prices
 from sagellm.cost_model.price_table import StepPriceTable
 from sagellm.cost_model.profile import AnalyticProfile
 from sagellm.cost_model.step_cost import FEMTOSECONDS_PER_NANOSECOND
@@ -29,6 +28,7 @@ def compile_price_table(profile: AnalyticProfile, model: ModelShape, tp: int) ->
     rates, memory_gbps = profile.rates, profile.device.memory_gbps
     fixed_ns = step_fixed_ns(profile, model)
     mixed_fixed_ns = model.num_layers * rates.mixed_layer_fixed_ns
+    num_kv_heads = model.kv_heads_per_rank(tp)
     read_bytes = prices.attention_work(StepSizes(num_context_tokens=1)).kv_read_bytes
     pair_ns = pair_flops(prices) / (profile.device.bf16_tflops * rates.attention_compute_efficiency * 1e3)
     mixed_read_ns = read_bytes / (memory_gbps * rates.mixed_attention_read_efficiency)
@@ -39,7 +39,8 @@ def compile_price_table(profile: AnalyticProfile, model: ModelShape, tp: int) ->
             to_fs(fixed_ns + prices.work_ns(decode_sizes(size)) + rates.seq_ns * size) for size in sizes
         ),
         decode_context_fs=tuple(
-            to_fs(read_bytes / (memory_gbps * attention_read_efficiency(profile, model, tp, size))) for size in sizes
+            to_fs(read_bytes / (memory_gbps * attention_read_efficiency(profile, size * num_kv_heads)))
+            for size in sizes
         ),
         mixed_num_tokens=sizes,
         mixed_base_fs=tuple(to_fs(fixed_ns + mixed_fixed_ns + prices.work_ns(mixed_sizes(size))) for size in sizes),
@@ -72,12 +73,6 @@ def step_fixed_ns(profile: AnalyticProfile, model: ModelShape) -> float:
     """Latency of the small kernels of a step, whatever its size."""
     layer_ns = profile.rates.layer_fixed_ns + (profile.rates.qk_norm_ns if model.qk_norm else 0.0)
     return model.num_layers * layer_ns + profile.rates.step_fixed_ns
-
-
-def attention_read_efficiency(profile: AnalyticProfile, model: ModelShape, tp: int, num_seqs: int) -> float:
-    """Share of memory bandwidth at which decode attention reads the KV of ``num_seqs`` sequences."""
-    num_tiles = num_seqs * model.kv_heads_per_rank(tp)
-    return clamped(profile.rates.attention_read_tiles, profile.rates.attention_read_efficiency, num_tiles)
 
 
 def to_fs(nanoseconds: float) -> int:

@@ -6,10 +6,10 @@ tokens and query-key pairs, not in shapes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from sagellm.cost_model.gemm_time import GemmTime, MeasuredGemm, RooflineGemm, linear
+from sagellm.cost_model.gemm_time import GemmTime, MeasuredGemm, RooflineGemm, clamped, linear
 from sagellm.cost_model.profile import AnalyticProfile
 from sagellm.models.model_config import config_of_shape
 from sagellm.models.model_shape import ModelShape
@@ -55,10 +55,11 @@ def equal_nodes(graph: ExecutionGraph) -> tuple[EqualNodes, ...]:
         key = (node.operator, tuple((tensor.shape, tensor.dtype, tensor.kind) for tensor in tensors))
         first.setdefault(key, node)
         counts[key] = counts.get(key, 0) + 1
-    return tuple(
-        EqualNodes(node.operator, graph.tensors_of(node.inputs), graph.tensors_of(node.outputs), counts[key])
-        for key, node in first.items()
-    )
+    return tuple(replace(_alone(graph, node), count=counts[key]) for key, node in first.items())
+
+
+def _alone(graph: ExecutionGraph, node: Node) -> EqualNodes:
+    return EqualNodes(node.operator, graph.tensors_of(node.inputs), graph.tensors_of(node.outputs), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +71,32 @@ class GraphPrices:
     tp: int
     gemm: Gemm
 
+    def work_ns(self, sizes: StepSizes) -> float:
+        """All but attention over the cache, and what is sent of it."""
+        return self._sum_ns(sizes, lambda operator: not isinstance(operator, Attention | KVSend))
+
     def gemm_ns(self, sizes: StepSizes) -> float:
         """Matrix products, those of experts included."""
-        return self._sum(sizes, Linear, self._linear_ns) + self._sum(sizes, Experts, self._experts_ns)
+        return self._sum_ns(sizes, lambda operator: isinstance(operator, Linear | Experts))
 
-    def collective_ns(self, sizes: StepSizes) -> float:
-        return self._sum(sizes, AllReduce, self._all_reduce_ns) + self._sum(sizes, AllGather, self._all_gather_ns)
-
-    def stream_ns(self, sizes: StepSizes) -> float:
-        """Operators that do little but read and write."""
-        num_bytes = sum(
-            nodes.count * nodes.work(sizes).memory_bytes
-            for nodes in self.nodes
-            if not isinstance(nodes.operator, Linear | Experts | AllReduce | AllGather | Attention | KVSend)
-        )
-        return num_bytes / (self.profile.device.memory_gbps * self.profile.rates.stream_memory_efficiency)
-
-    def work_ns(self, sizes: StepSizes) -> float:
-        """All but attention over the cache."""
-        return self.gemm_ns(sizes) + self.collective_ns(sizes) + self.stream_ns(sizes)
+    def operator_ns(self, nodes: EqualNodes, sizes: StepSizes) -> float:
+        """One of the nodes."""
+        match nodes.operator:
+            case Linear():
+                return self._linear_ns(nodes, sizes)
+            case Experts():
+                return self._experts_ns(nodes.work(sizes))
+            case Attention() as operator:
+                return self._attention_ns(operator, nodes.work(sizes), sizes.num_seqs)
+            case AllReduce():
+                return all_reduce_ns(self.profile, nodes.work(sizes).communicated_bytes, self.tp)
+            case AllGather():
+                return all_gather_ns(self.profile, nodes.work(sizes).communicated_bytes, self.tp)
+            case KVSend():
+                return nodes.work(sizes).communicated_bytes / _network_gbps(self.profile)
+            case _:
+                gbps = self.profile.device.memory_gbps * self.profile.rates.stream_memory_efficiency
+                return nodes.work(sizes).memory_bytes / gbps
 
     def attention_work(self, sizes: StepSizes) -> OperatorWork:
         """FLOPs and KV bytes of attention in all layers."""
@@ -98,27 +106,36 @@ class GraphPrices:
             kv_read_bytes=sum(count * work.kv_read_bytes for count, work in works),
         )
 
-    def _sum(
-        self, sizes: StepSizes, kind: type[AnyOperator], price_ns: Callable[[EqualNodes, StepSizes], float]
-    ) -> float:
-        of_kind = (nodes for nodes in self.nodes if isinstance(nodes.operator, kind))
-        return sum(nodes.count * price_ns(nodes, sizes) for nodes in of_kind)
+    def _sum_ns(self, sizes: StepSizes, counts: Callable[[AnyOperator], bool]) -> float:
+        return sum(nodes.count * self.operator_ns(nodes, sizes) for nodes in self.nodes if counts(nodes.operator))
 
     def _linear_ns(self, nodes: EqualNodes, sizes: StepSizes) -> float:
         rows, width = nodes.outputs[0].sizes_in(sizes)
         return self.gemm(rows, width, nodes.inputs[0].width) if rows else 0.0
 
-    def _experts_ns(self, nodes: EqualNodes, sizes: StepSizes) -> float:
+    def _experts_ns(self, work: OperatorWork) -> float:
         """Their products are many and small, so no measured shape stands for them."""
-        work, rates = nodes.work(sizes), self.profile.rates
-        flops_ns = work.flops / (self.profile.device.bf16_tflops * rates.gemm_compute_efficiency * 1e3)
-        return max(flops_ns, work.memory_bytes / (self.profile.device.memory_gbps * rates.gemm_memory_efficiency))
+        device, rates = self.profile.device, self.profile.rates
+        flops_ns = work.flops / (device.bf16_tflops * rates.gemm_compute_efficiency * 1e3)
+        return max(flops_ns, work.memory_bytes / (device.memory_gbps * rates.gemm_memory_efficiency))
 
-    def _all_reduce_ns(self, nodes: EqualNodes, sizes: StepSizes) -> float:
-        return all_reduce_ns(self.profile, nodes.work(sizes).communicated_bytes, self.tp)
+    def _attention_ns(self, operator: Attention, work: OperatorWork, num_seqs: int) -> float:
+        """The longer of reading keys and values, as for a decode, and of the arithmetic."""
+        device, rates = self.profile.device, self.profile.rates
+        efficiency = attention_read_efficiency(self.profile, num_seqs * operator.num_kv_heads)
+        flops_ns = work.flops / (device.bf16_tflops * rates.attention_compute_efficiency * 1e3)
+        return max(flops_ns, work.kv_read_bytes / (device.memory_gbps * efficiency))
 
-    def _all_gather_ns(self, nodes: EqualNodes, sizes: StepSizes) -> float:
-        return all_gather_ns(self.profile, nodes.work(sizes).communicated_bytes, self.tp)
+
+def node_prices(profile: AnalyticProfile, graph: ExecutionGraph, sizes: StepSizes) -> dict[str, float]:
+    """Nanoseconds of each node of ``graph`` in a step of ``sizes``: what a schedule is made from."""
+    prices = make_graph_prices(profile, graph)
+    return {node.name: prices.operator_ns(_alone(graph, node), sizes) for node in graph.nodes}
+
+
+def attention_read_efficiency(profile: AnalyticProfile, num_tiles: int) -> float:
+    """Share of memory bandwidth at which decode attention reads, with so many pairs of sequence and KV head."""
+    return clamped(profile.rates.attention_read_tiles, profile.rates.attention_read_efficiency, num_tiles)
 
 
 def make_graph_prices(profile: AnalyticProfile, graph: ExecutionGraph) -> GraphPrices:
@@ -148,6 +165,11 @@ def _collective_ns(profile: AnalyticProfile, num_bytes: int, crossing: float) ->
         return 1000 * (fixed_us + crossing * (linear(table.num_bytes, table.us, num_bytes) - fixed_us))
     link_gbps = profile.device.scale_up_gbps * profile.rates.all_reduce_efficiency
     return profile.rates.all_reduce_fixed_ns + crossing * num_bytes / link_gbps
+
+
+def _network_gbps(profile: AnalyticProfile) -> float:
+    """Out of the host, or to neighbours where nothing is stated of the network."""
+    return profile.device.network_gbps or profile.device.scale_up_gbps
 
 
 def make_gemm_time(profile: AnalyticProfile, dtype_bytes: int) -> GemmTime:

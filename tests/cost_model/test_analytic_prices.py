@@ -15,12 +15,15 @@ from sagellm.cost_model.graph_prices import (
     engine_graph,
     equal_nodes,
     make_graph_prices,
+    node_prices,
 )
 from sagellm.cost_model.profile import AnalyticProfile
 from sagellm.cost_model.step_cost import StepFeatures
 from sagellm.models.known_models import known_model_ids, load_model
 from sagellm.models.model_shape import ModelShape
-from sagellm.runtime.execution_graph.operators import AllReduce, Linear
+from sagellm.runtime.execution_graph.operators import AllReduce, KVSend, Linear
+from sagellm.runtime.execution_graph.passes.kv_sends import add_kv_sends
+from sagellm.runtime.execution_graph.passes.scheduling import schedule
 from sagellm.runtime.execution_graph.tensors import StepSizes
 
 MS_FS = 10**12
@@ -80,7 +83,9 @@ def test_streamed_bytes_of_a_llama_layer_are_those_counted_by_hand() -> None:
     )
     gbps = two.profile.device.memory_gbps * two.profile.rates.stream_memory_efficiency
     tokens = 10_000
-    added = (three.stream_ns(decode_sizes(tokens)) - two.stream_ns(decode_sizes(tokens))) * gbps
+    sizes = decode_sizes(tokens)
+    streams_ns = [prices.work_ns(sizes) - prices.gemm_ns(sizes) for prices in (two, three)]
+    added = (streams_ns[1] - streams_ns[0]) * gbps
     width = 8 * 4096 + 3 * 14336 + 2 * (4096 + 2 * 1024)
     positions_and_weights = 8 * tokens + 2 * 2 * 4096
     assert added == pytest.approx(tokens * 2 * width + positions_and_weights, rel=1e-6)
@@ -233,3 +238,26 @@ def test_the_ascend_host_explains_what_the_roofline_does_not() -> None:
     cost = cost_model.step_cost(StepFeatures(4, 4 * 340))
     assert (cost.device_fs + cost.host_fs) / MS_FS == pytest.approx(47.3, rel=0.05)
     assert cost.host_fs > 2 * cost.device_fs
+
+
+def test_schedules_from_prices_hide_kv_sends_behind_compute() -> None:
+    """A prefill of 4096 tokens: sending its KV over the network costs what the last layer's send takes."""
+    profile, model = spec("h200/spec"), load_model("meta-llama/Llama-3.1-8B")
+    sizes = StepSizes(4096, 1, 1, 4096, 4096 * 4096 // 2)
+    graph = engine_graph(model, 1)
+    sending = add_kv_sends(graph)
+    prices = node_prices(profile, sending, sizes)
+    alone_ns = schedule(graph, lambda node: prices[node.name]).duration_ns
+    sends_ns = [prices[node.name] for node in sending.nodes if isinstance(node.operator, KVSend)]
+    assert sum(sends_ns) == pytest.approx(4096 * model.kv_bytes_per_token / profile.device.network_gbps)
+    together_ns = schedule(sending, lambda node: prices[node.name]).duration_ns
+    assert alone_ns <= together_ns < alone_ns + sends_ns[-1]
+
+
+def test_the_nodes_prices_add_up_to_the_steps() -> None:
+    profile, model = spec("h200/spec"), load_model("Qwen/Qwen3-8B")
+    for tp in (1, 2):
+        sizes = decode_sizes(32)
+        graph = engine_graph(model, tp)
+        total_ns = sum(node_prices(profile, graph, sizes).values())
+        assert total_ns == pytest.approx(make_graph_prices(profile, graph).work_ns(sizes))

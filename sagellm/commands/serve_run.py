@@ -14,6 +14,7 @@ from aiohttp import web
 from sagellm.commands.serve_cluster import ServedCluster, choose_served_cluster
 from sagellm.commands.serve_options import ServeOptions
 from sagellm.commands.user_error import UserError, user_errors
+from sagellm.core.config import Role
 from sagellm.core.identity import InstanceId
 from sagellm.core.log import LogHeader
 from sagellm.server.app import create_app, make_runner
@@ -63,9 +64,14 @@ def _app_settings(options: ServeOptions, served: ServedCluster) -> AppSettings:
 
 
 def _max_model_len(served: ServedCluster) -> int:
-    """Of the model or the cluster file, and no more than the KV cache of the largest instance holds."""
-    slots = max(each.settings.instance.num_token_slots for each in served.deployment.instances)
-    return min(served.deployment.control_plane.max_model_len or slots, slots)
+    """Of the model or the cluster file, and no more than fits where prompts are computed and where they go on."""
+    slots: dict[Role, int] = {}
+    for each in served.deployment.instances:
+        config = each.settings.instance
+        slots[config.role] = max(slots.get(config.role, 0), config.num_token_slots)
+    mixed = slots.get(Role.MIXED, 0)
+    fitting = min(max(slots.get(Role.PREFILL, 0), mixed), slots.get(Role.DECODE, mixed))
+    return min(served.deployment.control_plane.max_model_len or fitting, fitting)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -8,17 +8,20 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from both_drivers import Cluster, instance, read, request
+from msgspec import structs
 
 from backends.null.executor import made_up_token_id
 from sagellm.core.config import ControlPlaneConfig, HandoverStart, InstanceConfig, Role
 from sagellm.core.identity import InstanceId
 from sagellm.core.request import FinishReason, RequestSpec
+from sagellm.core.sampling import SamplingParameters
 from sagellm.log_replay import replay_log
 from sagellm.server.engine import OutputDelta, RequestOutcome
 from sagellm.server.live.front_driver import LiveEngine
 from sagellm.server.live.instance_driver import DriverOptions
 from sagellm.server.live.live_log import LiveLog
 from sagellm.server.live.supervisor import InstanceProcesses
+from sagellm.server.live.wire import InstanceDied
 
 NUM_BLOCKS = 4096
 Scenario = Callable[[LiveEngine, InstanceProcesses], Awaitable[None]]
@@ -134,6 +137,33 @@ def test_an_instance_that_hangs_is_ended() -> None:
         assert engine.snapshots()[0].is_lost
 
     serve(Cluster((big("a"), big("b"))), scenario, silence_s_max=1.2)
+
+
+def test_a_device_that_is_reported_dead_takes_its_process_along() -> None:
+    """F26: the process need not manage to leave by itself."""
+
+    async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
+        spec = request("r", 20, 400)
+        process = host._processes[InstanceId("a")]
+        died = InstanceDied(InstanceId("a"), "an illegal memory access was met")
+        assert await read_some(engine, spec, 10, lambda: host._heard(process, died)) == expected(spec)
+        assert engine.snapshots()[0].is_lost
+
+    serve(Cluster((big("a"), big("b"))), scenario)
+
+
+def test_logprobs_and_cached_tokens_cross_processes() -> None:
+    async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
+        for num_cached in (0, 32):
+            plain = request(num_cached, 40, 20)
+            spec = structs.replace(plain, sampling=SamplingParameters(num_logprobs=2))
+            async for item in engine.submit(spec):
+                if isinstance(item, OutputDelta):
+                    assert tuple(each.token_ids[0] for each in item.logprobs) == item.token_ids
+                    assert all(len(each.token_ids) == 3 for each in item.logprobs)
+                    assert item.num_cached_tokens == num_cached
+
+    serve(Cluster((big("a"),)), scenario)
 
 
 def test_clients_that_leave_at_any_token_leave_nothing() -> None:

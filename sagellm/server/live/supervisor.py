@@ -189,7 +189,9 @@ class InstanceProcesses:
             case Turn():
                 self._listener.on_message(process.instance_id, message)
             case InstanceDied(reason=reason):
+                # A process whose device is broken may hang when it tries to leave.
                 process.last_words = reason
+                self.kill(process.instance_id)
             case _:
                 assert_never(message)
 

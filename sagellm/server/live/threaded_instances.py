@@ -48,7 +48,7 @@ class ThreadedInstances:
             thread.start()
         try:
             await asyncio.gather(*self._starts.values())
-        except StartError:
+        except BaseException:
             await self.stop()
             raise
 

@@ -1,7 +1,7 @@
 """``python -m sim.calibration``: from measured steps to profiles.
 
-``measure`` times the steps of an executor here and fits a profile to them; ``fit`` makes the shipped
-profiles of vLLM from its recorded steps.
+``measure`` times the steps of an executor here and fits a profile to them; ``serving`` adds what a server
+adds to them; ``fit`` makes the shipped profiles of vLLM from its recorded steps.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from sim.calibration.host_fit import HostFit, fit_host
 from sim.calibration.measure_command import add_measure_command
 from sim.calibration.measured_steps import MeasuredStep, read_requests, read_steps
 from sim.calibration.profile_writer import write_profile
+from sim.calibration.serving_command import add_serving_command
 from sim.calibration.step_fit import fit_steps
 
 
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sim.calibration", description=__doc__)
     commands = parser.add_subparsers(required=True)
     add_measure_command(commands)
+    add_serving_command(commands)
     fit = commands.add_parser("fit", help="fit the vLLM profiles of one H200")
     fit.set_defaults(run=_fit)
     fit.add_argument("--steps", type=Path, required=True, metavar="FILE", help="steps with synchronous scheduling")

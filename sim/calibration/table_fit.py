@@ -8,7 +8,7 @@ import numpy as np
 from sagellm.cost_model.price_table import StepPriceTable, TabulatedStepCost
 from sagellm.cost_model.step_cost import FEMTOSECONDS_PER_NANOSECOND, StepFeatures
 from sim.calibration.probe_design import size_knots
-from sim.calibration.regression import fit_relative, hat_weights
+from sim.calibration.regression import fit_mean, hat_weights
 from sim.calibration.timed_steps import TimedStep
 
 FEMTOSECONDS_PER_MICROSECOND = 1000 * FEMTOSECONDS_PER_NANOSECOND
@@ -80,31 +80,11 @@ def serving_share(table: StepPriceTable, served: Sequence[TimedStep]) -> tuple[f
     Neither is negative: a step is not quicker for being served.
     """
     model = TabulatedStepCost(table, "measured", 0)
-    excess = np.array([step.device_us - price_us(model, step.features) for step in served])
-    sizes = np.array([step.num_seqs for step in served], dtype=np.float64)
-    # Medians by size, so that a step which met something else on this machine weighs nothing.
-    rows, targets = [], []
-    for size in np.unique(sizes):
-        of_size = excess[sizes == size]
-        if len(of_size) >= STEPS_PER_KNOT_MIN:
-            rows.append([1.0, float(size)])
-            targets.append((float(np.median(of_size)), len(of_size)))
-    if not rows:
-        return 0.0, 0.0
-    weights = np.sqrt([count for _, count in targets])
-    values = np.array([value for value, _ in targets])
-    return _nonnegative_line(np.array(rows), values, weights)
-
-
-def _nonnegative_line(rows: "np.ndarray", values: "np.ndarray", weights: "np.ndarray") -> tuple[float, float]:
-    step_us, seq_us = np.linalg.lstsq(rows * weights[:, None], values * weights, rcond=None)[0]
-    if step_us >= 0 and seq_us >= 0:
-        return float(step_us), float(seq_us)
-    mean = float(np.average(values, weights=weights**2))
-    if seq_us < 0:
-        return max(0.0, mean), 0.0
-    sizes = rows[:, 1]
-    return 0.0, max(0.0, float(np.sum(weights**2 * sizes * values) / np.sum(weights**2 * sizes**2)))
+    rows = [[1.0, float(step.num_seqs)] for step in served]
+    excess = [step.device_us - price_us(model, step.features) for step in served]
+    usual_us = float(np.median([step.device_us for step in served])) if served else 0.0
+    step_us, seq_us = _fit_nonnegative(rows, excess, usual_us) if len(served) >= STEPS_PER_KNOT_MIN else (0.0, 0.0)
+    return step_us, seq_us
 
 
 def step_errors(table: StepPriceTable, steps: Sequence[TimedStep]) -> list[StepErrors]:
@@ -160,21 +140,23 @@ def _mixed_row(step: TimedStep, knots: Sequence[int]) -> list[float]:
 
 
 def _fit(steps: Sequence[TimedStep], rows: Sequence[Sequence[float]]) -> list[float]:
+    return _fit_nonnegative(rows, [step.device_us for step in steps])
+
+
+def _fit_nonnegative(rows: Sequence[Sequence[float]], targets: Sequence[float], floor: float = 0.0) -> list[float]:
     """Coefficients, none negative: a column that would get less than nothing is left out, and the rest fitted anew."""
     matrix = np.asarray(rows, dtype=np.float64)
     scale = np.maximum(np.abs(matrix).max(axis=0), 1e-12)
-    targets = [step.device_us for step in steps]
     kept = [column for column in range(matrix.shape[1]) if matrix[:, column].any()]
-    while True:
-        coefficients, _ = fit_relative((matrix / scale)[:, kept].tolist(), targets)
-        negative = [column for column, value in zip(kept, coefficients, strict=True) if value < 0]
-        if not negative:
-            break
-        worst = min(negative, key=lambda column: coefficients[kept.index(column)])
-        kept.remove(worst)
     fitted = [0.0] * matrix.shape[1]
-    for column, value in zip(kept, coefficients, strict=True):
-        fitted[column] = float(value / scale[column])
+    while kept:
+        coefficients = fit_mean((matrix / scale)[:, kept].tolist(), targets, floor)
+        worst = int(np.argmin(coefficients))
+        if coefficients[worst] >= 0:
+            for column, value in zip(kept, coefficients, strict=True):
+                fitted[column] = float(value / scale[column])
+            break
+        del kept[worst]
     return fitted
 
 
@@ -183,8 +165,9 @@ def _core_us(steps: Sequence[TimedStep]) -> tuple[float, float]:
     known = [step for step in steps if step.core_us > 0]
     if len(known) < 2 * STEPS_PER_KNOT_MIN:
         return 0.0, 0.0
-    coefficients, _ = fit_relative([[1.0, float(step.num_seqs)] for step in known], [step.core_us for step in known])
-    return max(0.0, float(coefficients[0])), max(0.0, float(coefficients[1]))
+    rows = [[1.0, float(step.num_seqs)] for step in known]
+    base_us, seq_us = _fit_nonnegative(rows, [step.core_us for step in known])
+    return base_us, seq_us
 
 
 def _fs(microseconds: float) -> int:

@@ -53,7 +53,7 @@ def served_model(log_folder: Path, *arguments: str) -> Iterator[ServedModel]:
             yield ServedModel(_announced_url(process, errors), process)
             process.send_signal(signal.SIGTERM)
             assert process.wait(_STOP_S) == 0, errors.read_text()
-            assert "Traceback" not in errors.read_text()
+            assert "Traceback" not in errors.read_text(), errors.read_text()
         finally:
             process.kill()
 

@@ -64,7 +64,7 @@ def test_a_browser_shows_the_page_without_complaint() -> None:
         assert '<span class="state serving" id="state">serving</span>' in text
         assert "echo-0" in text
         assert ">2000</text>" in text  # the axis above 1,234 tokens in a second
-        assert text.count("<path") == 22  # a line, and dots, for each of the eleven figures
+        assert text.count("<path") == 20  # a line, and dots, for each of the ten figures
         assert "NaN" not in text
         assert "undefined" not in text.split("<script>")[0]
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import msgspec
 from aiohttp import web
@@ -12,6 +13,7 @@ from sagellm.server.openai.errors import ApiError
 _LOG = logging.getLogger(__name__)
 _DONE = b"data: [DONE]\n\n"
 _HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+_UNGUARDED_BYTES_MAX = 16 << 10  # well below what asyncio keeps for a client before writers must wait
 _ENCODER = msgspec.json.Encoder()
 
 
@@ -40,27 +42,39 @@ class EventStream:
 
     async def end(self, events: Sequence[msgspec.Struct] = ()) -> web.StreamResponse:
         """Send the last events and the mark that ends the stream."""
-        await self._write(b"".join([b"data: %b\n\n" % _ENCODER.encode(event) for event in events]) + _DONE)
-        return await self._finished()
+        return await self._write_last(b"".join([b"data: %b\n\n" % _ENCODER.encode(event) for event in events]))
 
     async def fail(self, error: ApiError) -> web.StreamResponse:
         """End the stream with an error."""
-        await self._write(b"data: %b\n\n" % error.encoded() + _DONE)
-        return await self._finished()
+        return await self._write_last(b"data: %b\n\n" % error.encoded())
 
-    async def _finished(self) -> web.StreamResponse:
-        assert self._response is not None
-        await self._response.write_eof()
-        return self._response
+    async def _write_last(self, data: bytes) -> web.StreamResponse:
+        response = self._response or await self._opened()
+        async with self._given_up_after_timeout():
+            await response.write_eof(data + _DONE)
+        return response
 
     async def _write(self, data: bytes) -> None:
-        if self._response is None:
-            response = web.StreamResponse(headers=_HEADERS)
-            await response.prepare(self._request)
-            self._response = response
+        response = self._response or await self._opened()
+        transport = self._request.transport
+        if len(data) <= _UNGUARDED_BYTES_MAX and transport is not None and not transport.get_write_buffer_size():
+            # The client has taken all so far, so this cannot have to wait; a timer would cost more than the rest.
+            await response.write(data)
+            return
+        async with self._given_up_after_timeout():
+            await response.write(data)
+
+    async def _opened(self) -> web.StreamResponse:
+        response = web.StreamResponse(headers=_HEADERS)
+        await response.prepare(self._request)
+        self._response = response
+        return response
+
+    @asynccontextmanager
+    async def _given_up_after_timeout(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._write_timeout_s):
-                await self._response.write(data)
+                yield
         except TimeoutError as error:
             _LOG.warning("a client took nothing for %g s; its stream is cut off", self._write_timeout_s)
             if self._request.transport is not None:

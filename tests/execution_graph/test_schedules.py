@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from random_graphs import model_configs, random_graphs
 
 from sagellm.models.known_models import load_model_config
+from sagellm.runtime.execution_graph.assembly import GraphAssembly
 from sagellm.runtime.execution_graph.builder import build_graph
 from sagellm.runtime.execution_graph.ir import ExecutionGraph, Node
-from sagellm.runtime.execution_graph.operators import KVSend
+from sagellm.runtime.execution_graph.operators import Embedding, KVSend, Linear, RmsNorm, Silu
 from sagellm.runtime.execution_graph.passes.fusion import fuse
 from sagellm.runtime.execution_graph.passes.kv_sends import add_kv_sends
 from sagellm.runtime.execution_graph.passes.scheduling import Schedule, cross_stream_waits, schedule
@@ -54,6 +55,48 @@ def test_edges_and_streams_are_kept(graph: ExecutionGraph, seed: int) -> None:
 
 def collectives(graph: ExecutionGraph) -> list[str]:
     return [node.name for node in graph.nodes if node.operator.is_collective]
+
+
+def two_ranks(num_branches: int) -> ExecutionGraph:
+    """Branches that have nothing to do with each other, each a linear, its sum over ranks, and a norm."""
+    config = load_model_config("sagellm/toy")
+    graph = GraphAssembly(config, 2)
+    x = graph.add("x", Embedding(), "token_ids", graph.whole("table", 512, 64))
+    ends = []
+    for branch in range(num_branches):
+        y = graph.add(f"linear{branch}", Linear(), x, graph.whole(f"weight{branch}", 64, 64))
+        y = graph.all_reduce(y)
+        ends.append(graph.add(f"norm{branch}", RmsNorm(1e-6), y, graph.whole(f"norm_weight{branch}", 64)))
+    return graph.finish(*ends)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32))
+def test_collectives_never_change_places(data: st.DataObject, seed: int) -> None:
+    """Whatever is ready first: another rank may see other times, and must meet the same sums."""
+    graph = two_ranks(data.draw(st.integers(2, 6)))
+    plan = scheduled(graph, drawn_durations(graph, Random(seed)))
+    assert collectives(plan.graph) == collectives(graph)
+
+
+def test_sums_run_beside_what_does_not_need_them() -> None:
+    """Four branches of equal steps: after the first linear, sums and linears overlap."""
+    graph = two_ranks(4)
+    plan = schedule(graph, lambda node: 1.0)
+    assert sum(1.0 for _ in graph.nodes) == 13.0
+    # Embedding, four linears, four norms; the last sum has nothing but its norm left to hide behind.
+    assert plan.duration_ns <= 1 + 4 + 1 + 4
+
+
+def test_the_longest_chain_goes_first() -> None:
+    """A linear with a long sum behind it starts before elder operators with nothing behind them."""
+    graph = GraphAssembly(load_model_config("sagellm/toy"), 2)
+    x = graph.add("x", Embedding(), "token_ids", graph.whole("table", 512, 64))
+    idle = [graph.add(f"silu{number}", Silu(), x) for number in range(3)]
+    y = graph.all_reduce(graph.add("linear", Linear(), x, graph.whole("weight", 64, 64)))
+    plan = schedule(graph.finish(*idle, y), lambda node: 3.0 if node.operator.is_collective else 1.0)
+    assert [node.name for node in plan.graph.nodes][:2] == ["x", "linear"]
+    assert plan.duration_ns == 1 + 1 + 3
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def main() -> int:
     info = backend.get_device_info()
     print(f"{backend.name}: {backend.get_device_count()} device(s), {info.name}, {info.driver}")
     wanted = tuple(arguments.area or AREAS)
-    checks = [check for check in all_checks(subject) if check.area in wanted and (arguments.only or "") in check.name]
+    checks = [check for check in all_checks(subject) if check.area in wanted and re.search(arguments.only, check.name)]
     results = run_checks(subject, checks, _print_result)
     print(", ".join(f"{count(results, outcome)} {outcome}" for outcome in ("passed", "failed", "skipped")))
     if arguments.json is not None:
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m backends.conformance", description=__doc__)
     parser.add_argument("--backend", help="default: the best that can be used here")
     parser.add_argument("--area", action="append", choices=AREAS, help="may be given several times; default: all")
-    parser.add_argument("--only", metavar="TEXT", help="checks with this in their name")
+    parser.add_argument("--only", metavar="PATTERN", default="", help="checks whose name this regular expression finds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results there as well")
     return parser
 

@@ -17,7 +17,7 @@ from backends.cuda.kernels.attention_tile import attend_range
 from backends.cuda.kernels.tile_shapes import decode_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _decode_attention(
     query,
     key_cache,
@@ -36,17 +36,18 @@ def _decode_attention(
     value_slot_stride,
     value_head_stride,
     table_row_stride,
+    num_parts,
     scale,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    PARTS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """One program for each sequence, key-value head and part. With one part the result is final."""
+    """One program for each sequence, key-value head and part. Unless it is split the result is final."""
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
@@ -62,7 +63,7 @@ def _decode_attention(
         first_seen_key = tl.maximum(context_len - WINDOW, 0)
         first_key = first_seen_key // KEYS * KEYS
     num_tiles = tl.cdiv(context_len - first_key, KEYS)
-    part_keys = tl.cdiv(num_tiles, PARTS) * KEYS
+    part_keys = tl.cdiv(num_tiles, num_parts) * KEYS
     first_key += part * part_keys
     end_key = tl.minimum(first_key + part_keys, context_len)
     result, weight_sum, score_max = attend_range(
@@ -88,14 +89,14 @@ def _decode_attention(
         WINDOW,
     )
     result = result / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
-    if PARTS == 1:
-        places = sequence * out_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
-        tl.store(out + places, result.to(out.dtype.element_ty), mask=inside)
-    else:
+    if IS_SPLIT:
         num_heads = tl.num_programs(1) * GROUP
-        places = (sequence * num_heads + heads) * PARTS + part
+        places = (sequence * num_heads + heads) * num_parts + part
         tl.store(part_results + places[:, None] * HEAD_DIM + columns[None, :], result, mask=inside)
         tl.store(part_scores + places, score_max + tl.log2(weight_sum), mask=rows < GROUP)
+    else:
+        places = sequence * out_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+        tl.store(out + places, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -105,19 +106,18 @@ def _join_parts(
     out,
     out_row_stride,
     PARTS: tl.constexpr,
-    PARTS_PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One program for each sequence and head: parts weighed by the sum of their exponentials, 2 ** score."""
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    parts, columns = tl.arange(0, PARTS_PADDED), tl.arange(0, COLUMNS)
+    parts, columns = tl.arange(0, PARTS), tl.arange(0, COLUMNS)
     places = (sequence * tl.num_programs(1) + head) * PARTS + parts
-    scores = tl.load(part_scores + places, mask=parts < PARTS, other=float("-inf"))
+    scores = tl.load(part_scores + places)
     score_max = tl.max(scores, axis=0)
     weights = tl.exp2(scores - tl.where(score_max == float("-inf"), 0.0, score_max))
-    inside = (parts < PARTS)[:, None] & (columns < HEAD_DIM)[None, :]
+    inside = (columns < HEAD_DIM)[None, :]
     results = tl.load(part_results + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
     weight_sum = tl.sum(weights, axis=0)
     joined = tl.sum(results * weights[:, None], axis=0) / tl.where(weight_sum == 0.0, 1.0, weight_sum)
@@ -139,8 +139,8 @@ def decode_attention(
 ) -> None:
     """Attention of the first rows of ``query``, one for each of ``context_lens``, into those of ``out``.
 
-    Each sequence's own keys are cut into ``num_parts`` parts on the device, so a captured launch stays right
-    for any context.
+    Each sequence's own keys are cut into ``num_parts`` parts, a power of two, on the device: a captured
+    launch stays right for any context.
     """
     num_seqs = context_lens.shape[0]
     if num_seqs == 0:
@@ -168,11 +168,12 @@ def decode_attention(
         *key_cache.stride()[:3],
         *value_cache.stride()[:3],
         block_tables.stride(0),
+        num_parts,
         scale * 1.4426950408889634,  # log2(e)
         GROUP=group,
         ROWS=shape.num_rows,
         KEYS=shape.num_keys,
-        PARTS=num_parts,
+        IS_SPLIT=num_parts > 1,
         BLOCK_SIZE=block_size,
         HEAD_DIM=head_dim,
         COLUMNS=triton.next_power_of_2(head_dim),
@@ -187,7 +188,6 @@ def decode_attention(
             out,
             out.stride(0),
             PARTS=num_parts,
-            PARTS_PADDED=triton.next_power_of_2(num_parts),
             HEAD_DIM=head_dim,
             COLUMNS=triton.next_power_of_2(head_dim),
         )

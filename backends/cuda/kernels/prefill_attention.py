@@ -30,7 +30,7 @@ def _sequence_of_tile(tile, query_starts, num_seqs, TOKENS: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _prefill_attention(
     query,
     key_cache,

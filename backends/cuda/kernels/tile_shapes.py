@@ -39,10 +39,10 @@ def decode_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:
 
 
 def num_decode_parts(num_programs: int, context_len_max: int, num_compute_units: int) -> int:
-    """Parts of each sequence's keys: enough to fill the device, none shorter than is worth while."""
+    """Parts of each sequence's keys, a power of two: enough to fill the device, none shorter than is worth while."""
     wanted = -(-_PROGRAMS_PER_UNIT * num_compute_units // max(num_programs, 1))
     worthwhile = -(-context_len_max // _KEYS_PER_PART_MIN)
-    return max(1, min(wanted, worthwhile, _PARTS_MAX))
+    return power_of_two_from(max(1, min(wanted, worthwhile, _PARTS_MAX)))
 
 
 def power_of_two_from(number: int) -> int:

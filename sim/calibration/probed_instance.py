@@ -2,7 +2,7 @@
 
 import queue
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic_ns, perf_counter_ns
 
@@ -12,9 +12,11 @@ from sagellm.core.identity import RequestId
 from sagellm.core.messages import AssignRequest, InstanceEvent, RequestFinished, RunStep, StepFinished
 from sagellm.core.request import RequestSpec
 from sagellm.core.sampling import GREEDY
-from sagellm.core.step_executor import StepOutcome
+from sagellm.core.step_executor import StepExecutor, StepOutcome
 from sagellm.runtime.instance import Instance
 from sim.calibration.timed_steps import StepTimer, TimedStep
+
+ExecutorFactory = Callable[[ExecutorSettings], StepExecutor]
 
 STEP_TIMEOUT_S = 600.0
 TOKEN_IDS = range(32, 127)  # every vocabulary has them
@@ -40,10 +42,10 @@ class ProbeError(ValueError):
 class ProbedInstance:
     """A context manager: the executor is started on entering, and closed on leaving."""
 
-    def __init__(self, settings: ExecutorSettings, seed: int = 0) -> None:
+    def __init__(self, settings: ExecutorSettings, seed: int = 0, make: ExecutorFactory = make_executor) -> None:
         self._settings = settings
         self._random = random.Random(seed)
-        self._executor = make_executor(settings)
+        self._executor = make(settings)
         self._outcomes: queue.SimpleQueue[StepOutcome | str] = queue.SimpleQueue()
         self._machine = Instance(settings.instance)
         self._num_requests = 0

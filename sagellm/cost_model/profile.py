@@ -110,7 +110,7 @@ class EngineMemory:
 
 @dataclass(frozen=True, slots=True)
 class AnalyticProfile:
-    """Prices any dense model: a device's peaks and the rates that an engine reaches on it."""
+    """Prices any model: a device's peaks and the rates that an engine reaches on it."""
 
     header: ProfileHeader
     device: DeviceSheet

@@ -1,1 +1,1 @@
-"""Shapes of dense decoder models: from a Hugging Face ``config.json``, or known by Hub id."""
+"""What is known of a model beside its weights: from a Hugging Face ``config.json``, or by Hub id."""

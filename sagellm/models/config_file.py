@@ -52,7 +52,14 @@ def parse_model_config(text: str, name: str, origin: str) -> ModelConfig:
         raise ValueError(f"{origin}: {where}: {first['msg']} (it is {first['input']!r:.60})") from error
 
 
+def _check_plain(config: CommonFields, origin: str) -> None:
+    if config.quantization_config:
+        method = config.quantization_config.get("quant_method")
+        raise ValueError(f"{origin}: quantization_config states {method!r}, quantised checkpoints are not supported")
+
+
 def _llama_like_config(config: LlamaLikeFields, name: str, origin: str) -> ModelConfig:
+    _check_plain(config, origin)
     if config.hidden_act != "silu":
         raise ValueError(f"{origin}: hidden_act is {config.hidden_act!r}, must be 'silu'")
     return ModelConfig(
@@ -72,7 +79,9 @@ def _llama_like_shape(config: LlamaLikeFields, name: str, origin: str) -> ModelS
     heads, family = config.num_attention_heads, _family(config)
     # Only these families read the fields; the others' files may carry them without effect.
     attention_bias = config.attention_bias and family in ("llama", "qwen3", "qwen3_moe")
-    default_head_dim = 128 if family == "qwen3" else None
+    head_dim = config.head_dim or (128 if family == "qwen3" else _evenly(config.hidden_size, heads, origin))
+    if head_dim % 2:
+        raise ValueError(f"{origin}: head_dim is {head_dim}, must be even for rotary embedding")
     experts = config if isinstance(config, ExpertFields) else None
     return ModelShape(
         name=name,
@@ -80,7 +89,7 @@ def _llama_like_shape(config: LlamaLikeFields, name: str, origin: str) -> ModelS
         hidden_size=config.hidden_size,
         num_heads=heads,
         num_kv_heads=config.num_key_value_heads or heads,
-        head_dim=config.head_dim or default_head_dim or _evenly(config.hidden_size, heads, origin),
+        head_dim=head_dim,
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         tied_embeddings=config.tie_word_embeddings,
@@ -123,6 +132,7 @@ def _sliding_windows(config: LlamaLikeFields, origin: str) -> tuple[int, ...]:
 
 
 def _opt_config(config: OptFields, name: str, origin: str) -> ModelConfig:
+    _check_plain(config, origin)
     if config.word_embed_proj_dim not in (None, config.hidden_size) or not config.do_layer_norm_before:
         raise ValueError(f"{origin}: word_embed_proj_dim must be hidden_size, with norms before each block")
     if config.activation_function != "relu":

@@ -18,6 +18,7 @@ class CommonFields(BaseModel):
     dtype: str | None = None
     eos_token_id: int | list[int] | None = None
     bos_token_id: int | None = None
+    quantization_config: dict[str, object] | None = None
 
 
 class RopeFields(BaseModel):

@@ -113,6 +113,8 @@ def test_plain_frequencies_fall_from_one() -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
         ({"model_type": "qwen3_moe"}, "num_experts: Field required"),
         ({"num_attention_heads": 5, "head_dim": None}, "num_heads is 5|multiple of 5 attention heads"),
+        ({"head_dim": 15}, "head_dim is 15, must be even"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config states 'awq'"),
         ({"torch_dtype": "float8"}, "torch_dtype is 'float8', must be one of float16"),
         ({"rms_norm_eps": -1}, "rms_norm_eps: Input should be greater than 0"),
         (

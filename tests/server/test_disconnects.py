@@ -121,3 +121,24 @@ def test_names_of_requests_are_given_back() -> None:
             assert {spec.request_id for spec in engine.seen} == {"cmpl-same"}
 
     asyncio.run(test())
+
+
+def test_clients_that_go_in_any_moment_are_no_errors(caplog: pytest.LogCaptureFixture) -> None:
+    """Also in the moment between the end of the connection and the end of its handler."""
+
+    async def test() -> None:
+        engine = EchoEngine()
+        async with running_app(engine, replace(SETTINGS, max_model_len=10**6)) as client:
+            for number in range(60):
+                body = {"prompt": "abc", "max_tokens": 10**5, "stream": True, "n": 1 + number % 2}
+                reader, writer = await _sent(client, body)
+                await reader.readuntil(b"data: ")
+                await asyncio.sleep(number * 1e-4)
+                if number % 3:
+                    writer.transport.abort()
+                else:
+                    writer.close()
+                await _until(lambda: engine.num_unfinished == 0)
+
+    asyncio.run(test())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

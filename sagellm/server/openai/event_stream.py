@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -17,27 +17,23 @@ _UNGUARDED_BYTES_MAX = 16 << 10  # well below what asyncio keeps for a client be
 _ENCODER = msgspec.json.Encoder()
 
 
-class ClientTooSlowError(Exception):
-    """The client took nothing for as long as it may."""
+class ClientGoneError(Exception):
+    """The client closed its connection, or took nothing for as long as it may and was cut off."""
 
 
 class EventStream:
     """One response of events, opened by the first. Every stream that is opened ends with ``[DONE]`` or is cut off."""
 
-    __slots__ = ("_request", "_response", "_write_timeout_s")
+    __slots__ = ("_request", "_write_timeout_s", "response")
 
     def __init__(self, request: web.Request, write_timeout_s: float) -> None:
         self._request = request
         self._write_timeout_s = write_timeout_s
-        self._response: web.StreamResponse | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """True once the client has been told that all is well: from then on errors are events, too."""
-        return self._response is not None
+        # None until the client has been told that all is well: from then on errors are events, too.
+        self.response: web.StreamResponse | None = None
 
     async def send(self, events: Sequence[msgspec.Struct]) -> None:
-        """Send these together. Raises ClientTooSlowError after having cut the connection."""
+        """Send these together. Raises ClientGoneError where nobody takes them."""
         await self._write(b"".join([b"data: %b\n\n" % _ENCODER.encode(event) for event in events]))
 
     async def end(self, events: Sequence[msgspec.Struct] = ()) -> web.StreamResponse:
@@ -49,34 +45,34 @@ class EventStream:
         return await self._write_last(b"data: %b\n\n" % error.encoded())
 
     async def _write_last(self, data: bytes) -> web.StreamResponse:
-        response = self._response or await self._opened()
-        async with self._given_up_after_timeout():
-            await response.write_eof(data + _DONE)
+        response = await self._opened()
+        await self._taken(response.write_eof(data + _DONE), may_wait=True)
         return response
 
     async def _write(self, data: bytes) -> None:
-        response = self._response or await self._opened()
+        response = await self._opened()
         transport = self._request.transport
-        if len(data) <= _UNGUARDED_BYTES_MAX and transport is not None and not transport.get_write_buffer_size():
-            # The client has taken all so far, so this cannot have to wait; a timer would cost more than the rest.
-            await response.write(data)
-            return
-        async with self._given_up_after_timeout():
-            await response.write(data)
+        # Where the client has taken all so far, writing cannot have to wait, and a timer would cost more than it.
+        may_wait = len(data) > _UNGUARDED_BYTES_MAX or transport is None or bool(transport.get_write_buffer_size())
+        await self._taken(response.write(data), may_wait)
 
     async def _opened(self) -> web.StreamResponse:
-        response = web.StreamResponse(headers=_HEADERS)
-        await response.prepare(self._request)
-        self._response = response
-        return response
+        if self.response is None:
+            self.response = web.StreamResponse(headers=_HEADERS)
+            await self.response.prepare(self._request)
+        return self.response
 
-    @asynccontextmanager
-    async def _given_up_after_timeout(self) -> AsyncIterator[None]:
+    async def _taken(self, writing: Coroutine[Any, Any, None], may_wait: bool) -> None:
         try:
-            async with asyncio.timeout(self._write_timeout_s):
-                yield
+            if may_wait:
+                async with asyncio.timeout(self._write_timeout_s):
+                    await writing
+            else:
+                await writing
         except TimeoutError as error:
             _LOG.warning("a client took nothing for %g s; its stream is cut off", self._write_timeout_s)
             if self._request.transport is not None:
                 self._request.transport.abort()
-            raise ClientTooSlowError from error
+            raise ClientGoneError from error
+        except ConnectionError as error:
+            raise ClientGoneError from error

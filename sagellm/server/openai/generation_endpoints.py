@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 from aiohttp import web
@@ -15,7 +16,7 @@ from sagellm.server.openai.body_reading import read_body
 from sagellm.server.openai.chat_form import ChatForm
 from sagellm.server.openai.completion_form import CompletionForm
 from sagellm.server.openai.errors import ApiError
-from sagellm.server.openai.event_stream import ClientTooSlowError, EventStream
+from sagellm.server.openai.event_stream import ClientGoneError, EventStream
 from sagellm.server.openai.generation import Generation, Piece
 from sagellm.server.openai.options import GenerationOptions, check_model, read_options
 from sagellm.server.openai.prompts import Prompt, completion_prompts, conversation_prompt
@@ -116,10 +117,14 @@ async def _answered(
     request: web.Request, answers: Answers, form: AnswerForm, options: GenerationOptions, serving: Serving
 ) -> web.StreamResponse:
     """The response. However it ends, also by the client's going, nothing of the request runs on afterwards."""
+    stream = EventStream(request, serving.settings.write_timeout_s)
     try:
         if not options.is_streamed:
             return await _whole(answers, form)
-        return await _streamed(EventStream(request, serving.settings.write_timeout_s), answers, form, options)
+        return await _streamed(stream, answers, form, options)
+    except ClientGoneError:
+        assert stream.response is not None, "nobody goes before something was written"
+        return stream.response
     finally:
         answers.close()
         _count(answers, options, serving)
@@ -149,13 +154,14 @@ async def _streamed(
         async for index, piece in answers.pieces():
             await stream.send(form.chunk(index, piece, answers.usage() if options.continuous_usage else None))
     except ApiError as error:
-        if not stream.is_open:
+        if stream.response is None:
             raise
         return await stream.fail(error)
-    except (ClientTooSlowError, ConnectionError):
+    except ClientGoneError:
         raise
     except Exception:
-        if stream.is_open:
-            await stream.fail(ApiError(500, "the server failed on this request; its log says how"))
+        if stream.response is not None:
+            with suppress(ClientGoneError):
+                await stream.fail(ApiError(500, "the server failed on this request; its log says how"))
         raise
     return await stream.end([form.usage_chunk(answers.usage())] if options.include_usage else [])

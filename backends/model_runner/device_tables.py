@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from backends.model_runner.packed_arrays import Array, ArrayPacker, PackedArray
+from backends.model_runner.packed_arrays import Array, ArrayPacker, ArraysOnDevice, PackedArray
 from backends.model_runner.request_table import BlockWrite, RequestTable, TokenWrite
 from backends.model_runner.step_arrays import StepArrays
 from backends.step_inputs import StepInputs
@@ -22,7 +22,8 @@ class PackedStep:
     arrays: StepArrays
     places: tuple[PackedArray, ...]
     sampled_cells: PackedArray
-    writes: tuple[PackedArray, PackedArray, PackedArray, PackedArray] | None
+    token_writes: tuple[PackedArray, PackedArray] | None
+    block_writes: tuple[PackedArray, PackedArray] | None
 
 
 class DeviceTables:
@@ -48,21 +49,25 @@ class DeviceTables:
             packer.add(arrays.sampled_rows),
         )
         sampled_cells = packer.add(arrays.sampled_cells)
-        writes = None
-        if table.token_writes or table.block_writes:
-            token_cells, token_ids = _token_cells(table.token_writes, table.num_token_columns)
-            block_cells, block_ids = _block_cells(table.block_writes, table.num_block_columns)
-            writes = (packer.add(token_cells), packer.add(token_ids), packer.add(block_cells), packer.add(block_ids))
-        return PackedStep(arrays, places, sampled_cells, writes)
+        token_writes = block_writes = None
+        if table.token_writes:
+            cells, values = _token_cells(table.token_writes, table.num_token_columns)
+            token_writes = packer.add(cells), packer.add(values)
+        if table.block_writes:
+            cells, values = _block_cells(table.block_writes, table.num_block_columns)
+            block_writes = packer.add(cells), packer.add(values)
+        return PackedStep(arrays, places, sampled_cells, token_writes, block_writes)
 
-    def inputs(self, step: PackedStep, packed: torch.Tensor) -> StepInputs:
+    def inputs(self, step: PackedStep, packed: ArraysOnDevice) -> StepInputs:
         """The step's inputs, from the arrays on the device. Brings the tables up to date first."""
-        if step.writes is not None:
-            token_cells, token_ids, block_cells, block_ids = (place.on(packed) for place in step.writes)
-            self.token_ids.view(-1).index_copy_(0, token_cells, token_ids)
-            self._block_ids.view(-1).index_copy_(0, block_cells, block_ids)
-            # Only now: a step that fails before this point leaves them to the next one.
+        # The host's lists are cleared only now: a step that fails before leaves them to the next one.
+        if step.token_writes is not None:
+            cells, values = step.token_writes
+            self.token_ids.view(-1).index_copy_(0, cells.on(packed), values.on(packed))
             self._table.token_writes.clear()
+        if step.block_writes is not None:
+            cells, values = step.block_writes
+            self._block_ids.view(-1).index_copy_(0, cells.on(packed), values.on(packed))
             self._table.block_writes.clear()
         arrays = step.arrays
         token_cells, positions, slots, starts, context_lens, rows, sampled = (place.on(packed) for place in step.places)
@@ -80,7 +85,7 @@ class DeviceTables:
             context_len_max=arrays.context_len_max,
         )
 
-    def keep_drawn(self, step: PackedStep, packed: torch.Tensor, token_ids: torch.Tensor) -> None:
+    def keep_drawn(self, step: PackedStep, packed: ArraysOnDevice, token_ids: torch.Tensor) -> None:
         """Make drawn tokens, [num_sampled] int32, the last ones of their sequences."""
         self.token_ids.view(-1).index_copy_(0, step.sampled_cells.on(packed), token_ids)
 
@@ -101,33 +106,33 @@ def _grown(tensor: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tenso
 
 def _token_cells(writes: list[TokenWrite], num_columns: int) -> tuple[Array, Array]:
     """Cells and values, later writes to a cell winning."""
+    starts = [write.row * num_columns + write.first_position for write in writes]
     cells = [
-        np.arange(write.token_ids.size, dtype=np.int64) + (write.row * num_columns + write.first_position)
-        for write in writes
+        np.arange(start, start + write.token_ids.size, dtype=np.int64)
+        for start, write in zip(starts, writes, strict=True)
     ]
-    return _last_of_each(_joined(cells, np.int64), _joined([write.token_ids for write in writes], np.int32))
+    values = np.concatenate([write.token_ids for write in writes])
+    return _last_of_each(np.concatenate(cells), values, [write.row for write in writes])
 
 
 def _block_cells(writes: list[BlockWrite], num_columns: int) -> tuple[Array, Array]:
     starts = [write.row * num_columns + write.first_index for write in writes]
-    if all(len(write.block_ids) == 1 for write in writes):
-        cells = np.array(starts, np.int64)
-    else:
-        cells = np.concatenate(
-            [np.arange(start, start + len(write.block_ids)) for start, write in zip(starts, writes, strict=True)]
-        )
+    lens = [len(write.block_ids) for write in writes]
     values = np.array([block_id for write in writes for block_id in write.block_ids], np.int32)
-    return _last_of_each(cells, values)
+    cells = np.array(starts, np.int64)
+    if len(values) > len(writes):
+        firsts = np.cumsum([0, *lens[:-1]])
+        cells = np.repeat(cells - firsts, lens) + np.arange(len(values))
+    return _last_of_each(cells, values, [write.row for write in writes])
 
 
-def _last_of_each(cells: Array, values: Array) -> tuple[Array, Array]:
-    """Without earlier values of a cell that is written twice: a device may write in any order."""
-    _, first_from_behind = np.unique(cells[::-1], return_index=True)
-    if first_from_behind.size == cells.size:
+def _last_of_each(cells: Array, values: Array, rows: list[int]) -> tuple[Array, Array]:
+    """Without earlier values of a cell that is written twice: a device may write in any order.
+
+    Only a row that was written to more than once can have such cells.
+    """
+    if len(set(rows)) == len(rows):
         return cells, values
+    _, first_from_behind = np.unique(cells[::-1], return_index=True)
     kept = cells.size - 1 - first_from_behind
     return cells[kept], values[kept]
-
-
-def _joined(parts: list[Array], dtype: type[np.int64] | type[np.int32]) -> Array:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype)

@@ -6,30 +6,37 @@ from typing import Any
 import numpy as np
 import torch
 
-_ALIGNMENT_BYTES = 16
 _SIZE_BYTES_MIN = 1 << 16
-_TORCH_DTYPES = {
-    np.dtype(np.int64): torch.int64,
-    np.dtype(np.int32): torch.int32,
-    np.dtype(np.float32): torch.float32,
-}
+# Wide ones first, so that each section is aligned for its type.
+_DTYPES: tuple[tuple[np.dtype[Any], torch.dtype], ...] = (
+    (np.dtype(np.int64), torch.int64),
+    (np.dtype(np.int32), torch.int32),
+    (np.dtype(np.float32), torch.float32),
+)
+_SECTION_OF = {numpy_dtype: index for index, (numpy_dtype, _) in enumerate(_DTYPES)}
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class ArraysOnDevice:
+    """What an `ArrayPacker` copied: for each type of number the arrays in the order in which they came."""
+
+    sections: tuple[tuple[torch.Tensor, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PackedArray:
-    """Where an array lies in the bytes that are copied."""
+    """Which of the copied arrays one is."""
 
-    offset_bytes: int
-    size_bytes: int
+    section: int
+    index: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
 
-    def on(self, packed: torch.Tensor) -> torch.Tensor:
-        """The array in the copied bytes: a view, [*shape]."""
-        part = packed[self.offset_bytes : self.offset_bytes + self.size_bytes].view(self.dtype)
-        return part if len(self.shape) == 1 else part.view(self.shape)
+    def on(self, packed: ArraysOnDevice) -> torch.Tensor:
+        """The array on the device: a view of the copied memory, [*shape]."""
+        array = packed.sections[self.section][self.index]
+        return array if len(self.shape) == 1 else array.view(self.shape)
 
 
 class StagingBuffer:
@@ -43,35 +50,42 @@ class StagingBuffer:
         self.tensor = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._is_pinned)
         self.bytes = self.tensor.numpy()
 
-    def reserve(self, size_bytes: int, num_kept: int) -> None:
-        """Make room for so many bytes, the first ``num_kept`` as they are."""
-        if size_bytes <= self.bytes.size:
-            return
-        kept = self.bytes[:num_kept]
-        self._allocate(max(size_bytes, 2 * self.bytes.size))
-        self.bytes[:num_kept] = kept
+    def reserve(self, size_bytes: int) -> None:
+        """Make room for so many bytes; what was there is gone."""
+        if size_bytes > self.bytes.size:
+            self._allocate(max(size_bytes, 2 * self.bytes.size))
 
 
 class ArrayPacker:
-    """Packs arrays into a staging buffer, and copies what it has got at once.
-
-    Arrays are int64, int32 or float32, and contiguous once they are packed.
-    """
+    """Takes arrays of int64, int32 or float32, and copies what it has got at once."""
 
     def __init__(self, staging: StagingBuffer) -> None:
-        self.staging = staging
-        self._num_bytes = 0
+        self._staging = staging
+        self._sections: tuple[list[Array], ...] = tuple([] for _ in _DTYPES)
 
     def add(self, array: Array) -> PackedArray:
-        """Put an array in line; its place tells where to find it after `copy_to`."""
-        offset = self._num_bytes
-        size_bytes = array.nbytes
-        self.staging.reserve(offset + size_bytes, offset)
-        self.staging.bytes[offset : offset + size_bytes].view(array.dtype)[:] = array.reshape(-1)
-        self._num_bytes = offset + -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        return PackedArray(offset, size_bytes, array.shape, _TORCH_DTYPES[array.dtype])
+        """Put an array in line; gives what finds it after `copy_to`."""
+        section = _SECTION_OF[array.dtype]
+        arrays = self._sections[section]
+        arrays.append(array if array.ndim == 1 else array.reshape(-1))
+        return PackedArray(section, len(arrays) - 1, array.shape)
 
-    def copy_to(self, device: torch.device) -> torch.Tensor:
-        """All arrays as bytes on the device, uint8; on the CPU the staging buffer itself."""
-        self.staging.reserve(self._num_bytes, self._num_bytes)
-        return self.staging.tensor[: self._num_bytes].to(device, non_blocking=True)
+    def copy_to(self, device: torch.device) -> ArraysOnDevice:
+        """Copy, without waiting for it. On the CPU the arrays lie in the staging buffer itself."""
+        sizes = [[array.size for array in arrays] for arrays in self._sections]
+        num_bytes = [sum(counts) * dtype.itemsize for counts, (dtype, _) in zip(sizes, _DTYPES, strict=True)]
+        staging = self._staging
+        staging.reserve(sum(num_bytes))
+        start = 0
+        for arrays, count, (dtype, _) in zip(self._sections, num_bytes, _DTYPES, strict=True):
+            if arrays:
+                np.concatenate(arrays, out=staging.bytes[start : start + count].view(dtype))
+            start += count
+        packed = staging.tensor[:start].to(device, non_blocking=True)
+        sections: list[tuple[torch.Tensor, ...]] = []
+        start = 0
+        for counts, count, (_, torch_dtype) in zip(sizes, num_bytes, _DTYPES, strict=True):
+            section = packed[start : start + count].view(torch_dtype)
+            sections.append(torch.split(section, counts) if counts else ())
+            start += count
+        return ArraysOnDevice(tuple(sections))

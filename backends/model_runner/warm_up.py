@@ -29,7 +29,8 @@ def largest_steps(instance: InstanceConfig, num_positions: int) -> WarmUp:
 
 def small_steps(instance: InstanceConfig, num_positions: int) -> WarmUp:
     """Just enough to have run everything once."""
-    return _steps(instance, num_positions, min(_NUM_SEQS_SMALL, instance.num_blocks), _NUM_TOKENS_SMALL)
+    num_seqs = min(_NUM_SEQS_SMALL, instance.max_num_seqs, instance.num_blocks)
+    return _steps(instance, num_positions, num_seqs, _NUM_TOKENS_SMALL)
 
 
 def _steps(instance: InstanceConfig, num_positions: int, num_seqs: int, num_tokens: int) -> WarmUp:

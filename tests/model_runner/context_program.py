@@ -38,9 +38,11 @@ class ContextProgram:
 
     vocab_size = VOCAB_SIZE
 
-    def __init__(self, before_run: Callable[[int, StepInputs], None] | None = None) -> None:
+    def __init__(
+        self, before_run: Callable[[int, StepInputs], None] | None = None, num_positions: int = NUM_POSITIONS
+    ) -> None:
         self.num_runs = 0
-        self.inputs: list[StepInputs] = []
+        self.num_positions = num_positions
         self._before_run = before_run
         self.thread_names: set[str] = set()
 
@@ -70,7 +72,9 @@ class ContextProgram:
         """What `StepInputs` promises."""
         lens = inputs.query_starts.diff()
         starts = inputs.query_starts[:-1].long()
-        assert (inputs.positions[starts] == inputs.context_lens - lens).all()
+        first_positions = (inputs.context_lens - lens).clamp(max=self.num_positions - 1)
+        assert (inputs.positions[starts] == first_positions).all()
+        assert (inputs.positions < self.num_positions).all()
         assert (lens[: inputs.num_decodes] == 1).all()
         assert inputs.query_len_max == lens.max()
         assert inputs.context_len_max == inputs.context_lens.max()
@@ -83,7 +87,12 @@ def loading(program: ContextProgram) -> LoadModel:
 
     def load(settings: ExecutorSettings, backend: HardwareBackend) -> LoadedModel:
         return LoadedModel(
-            program, num_layers=1, num_kv_heads=1, head_dim=1, kv_dtype=torch.float32, num_positions=NUM_POSITIONS
+            program,
+            num_layers=1,
+            num_kv_heads=1,
+            head_dim=1,
+            kv_dtype=torch.float32,
+            num_positions=program.num_positions,
         )
 
     return load

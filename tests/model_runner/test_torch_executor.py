@@ -12,6 +12,7 @@ from backends.step_inputs import KVTensors, StepInputs
 from sagellm.core.config import InstanceConfig, Role
 from sagellm.core.identity import InstanceId, RequestId
 from sagellm.core.request import FinishReason, RequestSpec
+from sagellm.core.sampling import SamplingParameters
 
 
 def config(name: str = "i0", role: Role = Role.MIXED, **limits: int) -> InstanceConfig:
@@ -120,6 +121,53 @@ def test_rows_are_used_again_while_steps_are_in_flight() -> None:
                 request_id = RequestId(f"w{wave}-{index}")
                 assert loop.outputs[request_id] == output[:end]
                 assert loop.reasons[request_id] is FinishReason.STOP
+
+
+WISHES = (
+    SamplingParameters(seed=1),
+    SamplingParameters(seed=2, top_p=0.7, temperature=1.4),
+    SamplingParameters(seed=3, top_k=7, repetition_penalty=1.5, num_logprobs=1),
+    SamplingParameters(temperature=0.0, frequency_penalty=0.9, presence_penalty=0.6),
+    SamplingParameters(seed=5, min_p=0.1, bad_words=((4,), (9, 9), (30, 2)), logit_bias=((9, 2.0),)),
+    SamplingParameters(seed=6, allowed_token_ids=tuple(range(0, 50, 3)), min_tokens=15),
+)
+
+
+def run_random(loop: InstanceLoop, indexes: range) -> dict[RequestId, list[int]]:
+    """Requests that are drawn at random, each with wishes of its own."""
+    for index in indexes:
+        prompt = prompts(1, seed=100 + index, len_max=12)[0]
+        loop.submit(spec(f"r{index}", prompt, 24, sampling=WISHES[index % len(WISHES)], stop_token_ids=(0, 12)))
+    loop.run()
+    return loop.outputs
+
+
+@pytest.fixture(scope="module")
+def drawn_alone() -> dict[RequestId, list[int]]:
+    outputs: dict[RequestId, list[int]] = {}
+    for index in range(2 * len(WISHES)):
+        with InstanceLoop(config(steps_in_flight_max=1), loads=(loading(ContextProgram()),)) as loop:
+            outputs |= run_random(loop, range(index, index + 1))
+    assert sum(len(output) == 24 for output in outputs.values()) >= 3
+    return outputs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_draws_depend_on_the_request_alone(drawn_alone: dict[RequestId, list[int]], seed: int) -> None:
+    rng = random.Random(seed)
+    program = ContextProgram(out_of_memory_in(*rng.sample(range(3, 60), 4)))
+    tight = config(num_blocks=18, max_num_batched_tokens=9, steps_in_flight_max=1 + seed % 2, step_attempts_max=9)
+    with InstanceLoop(tight, loads=(loading(program),)) as loop:
+        assert run_random(loop, range(len(drawn_alone))) == drawn_alone
+        assert loop.failures
+        assert any(step.plan.preempted_request_ids for step in loop.steps)
+
+
+def test_random_draws_go_on_after_a_hand_over(drawn_alone: dict[RequestId, list[int]]) -> None:
+    configs = config("p", Role.PREFILL), config("d", Role.DECODE)
+    with InstanceLoop(*configs, loads=(loading(ContextProgram()), loading(ContextProgram()))) as loop:
+        assert run_random(loop, range(len(drawn_alone))) == drawn_alone
+        assert loop.num_blocks_moved >= len(drawn_alone)
 
 
 class Spoilt(ContextProgram):

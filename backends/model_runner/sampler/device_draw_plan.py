@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from backends.model_runner.packed_arrays import Array, ArrayPacker, PackedArray
+from backends.model_runner.packed_arrays import Array, ArrayPacker, ArraysOnDevice, PackedArray
 from backends.model_runner.sampler.draw_plan import DrawPlan, EditRows, LogprobRows, PenaltyRows, RandomRows
 
 
@@ -70,7 +70,7 @@ class PackedDrawPlan:
         self._logprob_rows = None if plan.logprobs is None else _pack_logprobs(plan.logprobs, packer)
         self._refused_rows = packer.add(np.array(plan.refused_rows, np.int64)) if plan.refused_rows else None
 
-    def on(self, packed: torch.Tensor) -> DeviceDrawPlan:
+    def on(self, packed: ArraysOnDevice) -> DeviceDrawPlan:
         """The plan, once the packed arrays are on the device."""
         return DeviceDrawPlan(
             self._plan,
@@ -82,7 +82,7 @@ class PackedDrawPlan:
         )
 
 
-def _views(arrays: tuple[PackedArray | None, ...], packed: torch.Tensor) -> list[torch.Tensor | None]:
+def _views(arrays: tuple[PackedArray | None, ...], packed: ArraysOnDevice) -> list[torch.Tensor | None]:
     return [None if array is None else array.on(packed) for array in arrays]
 
 

@@ -29,6 +29,7 @@ from sagellm.load_client.readiness import probe, served_model
 from traces.request_trace import Trace
 
 LEAD_IN_NS = 50_000_000  # so that the first request is not late
+LAG_EVERY_NS = 20_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class LoadResult:
     model: str
     metrics: RunMetrics
     lateness_ns: array[int]
+    lag_ns: array[int]  # how late the client came to what was due, looked at all the time: so late are its readings
     failures: Counter[str]  # why requests failed or were rejected, and how many
     wall_s: float
 
@@ -99,6 +101,7 @@ async def _replay(
         model=model,
         metrics=metrics_of(sender.answers, trace, slo),
         lateness_ns=sender.lateness_ns,
+        lag_ns=sender.lag_ns,
         failures=Counter(why for answer in sender.answers.values() if (why := answer.reject_reason or answer.failure)),
         wall_s=perf_counter() - started_s,
     )
@@ -117,6 +120,7 @@ class _Sender:
     ) -> None:
         self.answers: dict[int, Answer] = {}
         self.lateness_ns: array[int] = array("q")
+        self.lag_ns: array[int] = array("q")
         self._session = session
         self._url = settings.endpoint.url("/v1/completions")
         self._nonce = settings.nonce
@@ -133,12 +137,20 @@ class _Sender:
         self._start_ns = monotonic_ns() + LEAD_IN_NS
         requests = enumerate(self._trace.requests)
         firsts = sorted((request.arrival_ns, index) for index, request in requests if request.previous is None)
+        watch = asyncio.create_task(self._watch())
         async with asyncio.TaskGroup() as tasks:
             for due_ns, index in firsts:
                 # The body is made while there is time, and the loop holds no more than one unsent body.
                 body = self._body(index)
                 await self._sleep_until(due_ns)
                 tasks.create_task(self._send(tasks, index, body, due_ns))
+        watch.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            due_ns = self._now_ns() + LAG_EVERY_NS
+            await self._sleep_until(due_ns)
+            self.lag_ns.append(self._now_ns() - due_ns)
 
     def _now_ns(self) -> int:
         return monotonic_ns() - self._start_ns

@@ -59,6 +59,7 @@ def _served(served: ServedRun) -> dict[str, Any]:
     return {
         "model": served.model,
         **_latencies("lateness", served.lateness),
+        **_latencies("client_lag", served.lag),
         "failures": dict(served.failures),
     }
 

@@ -17,6 +17,7 @@ class ServedRun:
 
     model: str  # as the server calls it
     lateness: Distribution | None  # how long after its time each request was sent
+    lag: Distribution | None  # how late the client came to what was due, while it ran: so late are its readings
     failures: Mapping[str, int] = field(default_factory=dict)  # why requests failed or were rejected, and how many
 
 

@@ -140,13 +140,14 @@ def _machine_metrics() -> Iterator[_Metric]:
 
 def _client_metrics() -> Iterator[_Metric]:
     for detail, statistic in (("p50", "median_ms"), ("p99", "p99_ms")):
-        yield _Metric("sent late (ms)", detail, _lateness(statistic), _milliseconds)
+        yield _Metric("sent late (ms)", detail, _of_client("lateness", statistic), _milliseconds)
+    yield _Metric("client lag (ms)", "p99", _of_client("lag", "p99_ms"), _milliseconds)
 
 
-def _lateness(statistic: str) -> Callable[[SummarisedRun], float | None]:
+def _of_client(name: str, statistic: str) -> Callable[[SummarisedRun], float | None]:
     def value(run: SummarisedRun) -> float | None:
-        lateness = None if run.served is None else run.served.lateness
-        return None if lateness is None else float(getattr(lateness, statistic))
+        distribution: Distribution | None = None if run.served is None else getattr(run.served, name)
+        return None if distribution is None else float(getattr(distribution, statistic))
 
     return value
 

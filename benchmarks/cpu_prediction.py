@@ -3,7 +3,7 @@
     python benchmarks/cpu_prediction.py --model sagellm/toy [--shrink N] [--json FILE] [--folder FOLDER]
 
 1. ``python -m sim.calibration measure`` times the executor's own steps and fits a profile.
-2. A server is calibrated: requests one after the other, then 32 streams at once, then Poisson arrivals.
+2. A server is calibrated: 32 streams at once, then requests one after the other, then Poisson arrivals.
    ``python -m sim.calibration serving`` adds what serving adds. The 32 streams give tokens/s, TTFT and
    the core's share of a step.
 3. The prediction: 200 other requests (another seed) are sent to a new server and to the simulator.
@@ -34,7 +34,6 @@ from backends.profile_files import read_profile
 from sagellm.cost_model.profile import FittedProfile
 from traces.generators.generate import generate
 from traces.request_trace import Trace, TraceRequest
-from traces.shaping import set_rate
 from traces.writer import write_trace
 
 LIMIT = 0.10
@@ -94,9 +93,7 @@ def predict(options: argparse.Namespace, folder: Path) -> Result:
     streams, core_us, core_share = _calibrate(options, folder, cluster, before, served_profile)
     rate = options.load * streams["request_throughput"]
     trace = folder / "predicted.jsonl"
-    write_trace(
-        _shrunk(generate("poisson", num_requests=NUM_PREDICTED, seed=PREDICTION_SEED, rate=rate), options.shrink), trace
-    )
+    write_trace(_poisson(NUM_PREDICTED, PREDICTION_SEED, rate, options.shrink), trace)
     cluster = _write_cluster(options, served_profile, folder / "predicted.yaml")
     out = folder / "predicted.json"
     with _server(options, cluster, None) as url:
@@ -123,9 +120,11 @@ def _calibrate(
     options: argparse.Namespace, folder: Path, cluster: Path, before: Path, out: Path
 ) -> tuple[dict[str, float], float, float]:
     """The profile with what serving adds; figures of 32 streams; the core's microseconds and share of a step."""
-    log, trace, requests = folder / "calibration.jsonl", folder / "calibration-trace.jsonl", folder / "requests.csv"
+    log, poisson = folder / "calibration.log.jsonl", folder / "calibration.jsonl"
+    alone, alone_out = folder / "alone.jsonl", folder / "alone.csv"
     streams_trace, streams_out = folder / "streams.jsonl", folder / "streams.json"
     write_trace(_streams(options.shrink), streams_trace)
+    write_trace(_alone(options.shrink), alone)
     with _server(options, cluster, log) as url:
         # The first run on a server also wakes up what no later one pays for.
         _sagellm("replay", streams_trace, "--on", url, "--limit", NUM_STREAMS)
@@ -133,9 +132,11 @@ def _calibrate(
         _sagellm("replay", streams_trace, "--on", url, "--json", streams_out)
         ended = _core_counters(url)
         (streams,) = json.loads(streams_out.read_text())["runs"]
-        write_trace(_calibration(options, streams["request_throughput"]), trace)
-        _sagellm("replay", trace, "--on", url, "--requests", requests)
-    fit = ("--profile", before, "--cluster", cluster, "--trace", trace, "--log", log, "--requests", requests)
+        _sagellm("replay", alone, "--on", url, "--requests", alone_out)
+        rate = options.load * streams["request_throughput"]
+        write_trace(_poisson(NUM_CALIBRATION, CALIBRATION_SEED, rate, options.shrink), poisson)
+        _sagellm("replay", poisson, "--on", url)
+    fit = ("--profile", before, "--cluster", cluster, "--trace", alone, "--log", log, "--requests", alone_out)
     _python("-m", "sim.calibration", "serving", *fit, "--out", out)
     core_s, num_steps = (end - begin for begin, end in zip(began, ended, strict=True))
     names = (*FIGURES, "output_throughput", "request_throughput", "duration_s")
@@ -144,7 +145,7 @@ def _calibrate(
 
 def _streams(shrink: int) -> Trace:
     """32 clients, each sending its next request when it has the answer to the one before."""
-    requests = _shrunk(generate("poisson", num_requests=4 * NUM_STREAMS, seed=CALIBRATION_SEED), shrink).requests
+    requests = _poisson(4 * NUM_STREAMS, CALIBRATION_SEED, 1.0, shrink).requests
     chained = [
         replace(request, arrival_ns=0, previous=index - NUM_STREAMS if index >= NUM_STREAMS else None, gap_ns=0)
         for index, request in enumerate(requests)
@@ -152,20 +153,18 @@ def _streams(shrink: int) -> Trace:
     return Trace("streams", tuple(chained))
 
 
-def _calibration(options: argparse.Namespace, streams_rate: float) -> Trace:
-    """Some requests one after the other, and when they are surely over, others with Poisson arrivals."""
-    rate = options.load * streams_rate
-    drawn = generate("poisson", num_requests=NUM_ALONE + NUM_CALIBRATION, seed=CALIBRATION_SEED)
-    requests = _shrunk(drawn, options.shrink).requests
-    alone = [
+def _alone(shrink: int) -> Trace:
+    """Requests of which each is sent when the one before it has been over for a while."""
+    requests = _poisson(NUM_ALONE, CALIBRATION_SEED, 1.0, shrink).requests
+    chained = [
         replace(request, arrival_ns=0, previous=index - 1 if index else None, gap_ns=GAP_NS)
-        for index, request in enumerate(requests[:NUM_ALONE])
+        for index, request in enumerate(requests)
     ]
-    others = set_rate(replace(drawn, requests=requests[NUM_ALONE:]), rate).requests
-    after_ns = round(2e9 * NUM_ALONE * NUM_STREAMS / (4 * streams_rate))
-    first_ns = others[0].arrival_ns
-    shifted = [replace(request, arrival_ns=request.arrival_ns - first_ns + after_ns) for request in others]
-    return Trace("calibration", (*alone, *shifted))
+    return Trace("alone", tuple(chained))
+
+
+def _poisson(num_requests: int, seed: int, rate: float, shrink: int) -> Trace:
+    return _shrunk(generate("poisson", num_requests=num_requests, seed=seed, rate=rate), shrink)
 
 
 def _shrunk(trace: Trace, shrink: int) -> Trace:

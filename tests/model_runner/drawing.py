@@ -10,12 +10,13 @@ from backends.model_runner.packed_arrays import ArrayPacker, StagingBuffer
 from backends.model_runner.sampler.device_draw_plan import PackedDrawPlan
 from backends.model_runner.sampler.draw_plan import plan_drawing
 from backends.model_runner.sampler.parameter_table import ParameterTable
-from backends.model_runner.sampler.sampler import DrawnTokens, Sampler
+from backends.model_runner.sampler.sampler import DrawnLogprobs, DrawnTokens, Sampler
 from sagellm.core.identity import RequestId
 from sagellm.core.request import RequestSpec
 from sagellm.core.sampling import SamplingParameters
 
-CPU = torch.device("cpu")
+# Where the machine has an accelerator, it is that one's drawing that is tested.
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +47,13 @@ def draw_positions(logits: torch.Tensor, sampling: SamplingParameters, num_posit
     plan = plan_drawing(table, rows, np.arange(num_positions) + len(wisher.prompt), vocab_size)
     packer = ArrayPacker(StagingBuffer(is_pinned=False))
     packed = PackedDrawPlan(plan, packer)
-    no_tokens = torch.zeros(1, 1, dtype=torch.int32)
-    every_row = logits.repeat(num_positions, 1)
-    return Sampler(vocab_size, CPU).draw(every_row, packed.on(packer.copy_to(CPU)), no_tokens).token_ids
+    no_tokens = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+    every_row = logits.to(DEVICE).repeat(num_positions, 1)
+    return Sampler(vocab_size, DEVICE).draw(every_row, packed.on(packer.copy_to(DEVICE)), no_tokens).token_ids.cpu()
 
 
-def draw(logits: torch.Tensor, wishers: list[Wisher]) -> DrawnTokens:
-    """A token for each row of logits [len(wishers), vocab_size]."""
+def draw(logits: torch.Tensor, wishers: list[Wisher], device: torch.device = DEVICE) -> DrawnTokens:
+    """A token for each row of logits [len(wishers), vocab_size], drawn on the device; all on the CPU again."""
     vocab_size = logits.shape[1]
     table = ParameterTable(vocab_size, len(wishers))
     token_table = torch.full((len(wishers), max(len(wisher.tokens) for wisher in wishers) + 2), -1, dtype=torch.int32)
@@ -63,7 +64,13 @@ def draw(logits: torch.Tensor, wishers: list[Wisher]) -> DrawnTokens:
     plan = plan_drawing(table, np.arange(len(wishers)), num_tokens, vocab_size)
     packer = ArrayPacker(StagingBuffer(is_pinned=False))
     packed = PackedDrawPlan(plan, packer)
-    return Sampler(vocab_size, CPU).draw(logits.clone(), packed.on(packer.copy_to(CPU)), token_table)
+    drawn = Sampler(vocab_size, device).draw(
+        logits.to(device, copy=True), packed.on(packer.copy_to(device)), token_table.to(device)
+    )
+    logprobs = drawn.logprobs
+    if logprobs is not None:
+        logprobs = DrawnLogprobs(logprobs.token_ids.cpu(), logprobs.logprobs.cpu(), logprobs.drawn_ranks.cpu())
+    return DrawnTokens(drawn.token_ids.cpu(), drawn.is_invalid.cpu(), logprobs)
 
 
 def draw_seeds(logits: torch.Tensor, wisher: Wisher, num_seeds: int) -> torch.Tensor:

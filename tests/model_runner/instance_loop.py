@@ -49,7 +49,11 @@ class InstanceLoop:
     """One or two instances. With two, the first prefills and hands over to the second."""
 
     def __init__(
-        self, *configs: InstanceConfig, loads: tuple[LoadModel, ...] = (), model: str = "test", **settings: object
+        self,
+        *configs: InstanceConfig,
+        loads: tuple[LoadModel, ...] = (),
+        model: str = "test",
+        backend: str = "cpu",
     ) -> None:
         self.outputs: dict[RequestId, list[int]] = {}
         self.logprobs: dict[RequestId, list[TokenLogprobs]] = {}
@@ -64,7 +68,7 @@ class InstanceLoop:
         self.machines = []
         for index, config in enumerate(configs):
             load = loads[index] if loads else load_model
-            executor_settings = ExecutorSettings(instance=config, model=model, backend="cpu", **settings)  # type: ignore[arg-type]
+            executor_settings = ExecutorSettings(instance=config, model=model, backend=backend)
             machine = Machine(Instance(config), TorchStepExecutor(executor_settings, load), queue.SimpleQueue())
             machine.executor.start(machine.outcomes.put, self.deaths.append)
             self.machines.append(machine)

@@ -13,6 +13,7 @@ from instance_loop import InstanceLoop
 from backends.base import HardwareBackend
 from backends.executor_settings import ExecutorSettings
 from backends.model_runner.loaded_model import LoadedModel, LoadModel, load_model
+from backends.registry import list_backends
 from backends.step_inputs import KVTensors, ModelProgram, StepInputs
 from sagellm.core.config import InstanceConfig, Role
 from sagellm.core.identity import InstanceId, RequestId
@@ -45,6 +46,15 @@ PROMPTS = [
     [*_SHARED],
     [96, 0, 95],
 ]
+
+
+BACKENDS = [state.name for state in list_backends() if state.available]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that this machine has."""
+    return str(request.param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +134,8 @@ def check(loop: InstanceLoop, model: Checkpointed) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_all_at_once(models: dict[str, Checkpointed], name: str) -> None:
-    with InstanceLoop(config(), model=str(models[name].folder)) as loop:
+def test_all_at_once(models: dict[str, Checkpointed], name: str, backend: str) -> None:
+    with InstanceLoop(config(), model=str(models[name].folder), backend=backend) as loop:
         check(loop, models[name])
 
 
@@ -157,24 +167,27 @@ def test_whatever_the_schedule(
     limits: dict[str, int],
     happened: Callable[[InstanceLoop], bool],
     steps_in_flight_max: int,
+    backend: str,
 ) -> None:
     limited = config(**limits, steps_in_flight_max=steps_in_flight_max)
-    with InstanceLoop(limited, model=str(models["qwen3"].folder)) as loop:
+    with InstanceLoop(limited, model=str(models["qwen3"].folder), backend=backend) as loop:
         check(loop, models["qwen3"])
         assert happened(loop)
 
 
 @pytest.mark.parametrize("steps_in_flight_max", [1, 2])
-def test_after_steps_that_failed(models: dict[str, Checkpointed], steps_in_flight_max: int) -> None:
+def test_after_steps_that_failed(models: dict[str, Checkpointed], steps_in_flight_max: int, backend: str) -> None:
     limited = config(steps_in_flight_max=steps_in_flight_max, step_attempts_max=10)
-    with InstanceLoop(limited, loads=(failing_in(3, 20, 21, 40),), model=str(models["mistral"].folder)) as loop:
+    with InstanceLoop(
+        limited, loads=(failing_in(3, 20, 21, 40),), model=str(models["mistral"].folder), backend=backend
+    ) as loop:
         check(loop, models["mistral"])
         assert len(loop.failures) >= 3
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_after_a_hand_over(models: dict[str, Checkpointed], name: str) -> None:
+def test_after_a_hand_over(models: dict[str, Checkpointed], name: str, backend: str) -> None:
     configs = config(Role.PREFILL, max_num_batched_tokens=16), config(Role.DECODE, num_blocks=90)
-    with InstanceLoop(*configs, model=str(models[name].folder)) as loop:
+    with InstanceLoop(*configs, model=str(models[name].folder), backend=backend) as loop:
         check(loop, models[name])
         assert loop.num_blocks_moved > 20

@@ -5,7 +5,7 @@ import math
 import pytest
 import scipy.stats
 import torch
-from drawing import Wisher, draw, draw_positions, draw_seeds, transformers_scores
+from drawing import DEVICE, Wisher, draw, draw_positions, draw_seeds, transformers_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,6 +189,14 @@ def test_what_is_drawn_is_left_by_transformers(wisher: Wisher, seed: int) -> Non
     else:
         assert not drawn.is_invalid[0]
         assert scores[drawn.token_ids[0]] > -torch.inf
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no accelerator to compare the CPU with")
+@pytest.mark.parametrize("name", WISHES)
+def test_the_device_makes_no_difference(name: str) -> None:
+    batch = [Wisher(SamplingParameters(**WISHES[name], seed=seed), (3, 9), OUTPUT, STOPS) for seed in range(500)]  # type: ignore[arg-type]
+    logits = random_logits(500)
+    assert torch.equal(draw(logits, batch).token_ids, draw(logits, batch, torch.device("cpu")).token_ids)
 
 
 def test_bad_words_look_at_the_output_alone() -> None:

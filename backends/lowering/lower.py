@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from backends.lowering.launches import Launch, StepState
+from backends.lowering.lifetimes import Lifetimes
 from backends.lowering.operator_calls import OperatorCall, RankContext, operator_call
-from backends.lowering.program import GraphProgram, Launch, PrepareAttention, StepState
+from backends.lowering.program import GraphProgram, PrepareAttention, ProgramRegisters
 from backends.lowering.registers import Registers
 from backends.operators.communicator import Communicator, SingleRank
 from backends.operators.registry import Kernel, KernelRegistry
@@ -15,6 +17,7 @@ from backends.step_inputs import StepInputs
 from sagellm.models.rope import Rope
 from sagellm.runtime.execution_graph.ir import ExecutionGraph, Node
 from sagellm.runtime.execution_graph.operators import AllReduce, Attention, KVSend
+from sagellm.runtime.execution_graph.passes.scheduling import cross_stream_waits
 
 
 def lower(
@@ -30,22 +33,25 @@ def lower(
     """A program for one rank of the graph.
 
     Each operator gets ``backend``'s kernel, or the reference where it has none. ``num_positions`` is the
-    longest context that will occur, in tokens. All nodes run on one stream, in the graph's order; what a
-    graph says of streams is a matter of speed. ``KVSend`` nodes are left out: blocks are sent by whoever
-    drives the instance, when the step is over.
+    longest context that will occur, in tokens. On an accelerator nodes run on the graph's streams, waiting
+    for nodes of others where an edge says so; on a CPU, one after the other. ``KVSend`` nodes copy what the
+    step is told to hand over (``KVSends``) to memory of the host.
 
     Raises ``ValueError`` where the group is not of the graph's size.
     """
     communicator = communicator or SingleRank()
     if communicator.size != graph.tp:
         raise ValueError(f"communicator: its size is {communicator.size}, must be the graph's tp ({graph.tp})")
-    return _Lowering(graph, weights, kernels, backend, communicator, _RotaryTables(num_positions, device)).program()
+    device = torch.device(device)
+    return _Lowering(
+        graph, weights, kernels, backend, communicator, _RotaryTables(num_positions, device), device
+    ).program()
 
 
 class _RotaryTables:
     """One table for all layers that share a rope."""
 
-    def __init__(self, num_positions: int, device: torch.device | str) -> None:
+    def __init__(self, num_positions: int, device: torch.device) -> None:
         self._num_positions = num_positions
         self._device = device
         self._tables: dict[tuple[Rope, int], torch.Tensor] = {}
@@ -67,39 +73,45 @@ class _Lowering:
         backend: str,
         communicator: Communicator,
         tables: _RotaryTables,
+        device: torch.device,
     ) -> None:
         self._graph = graph
         self._weights = weights
         self._kernels = kernels
         self._backend = backend
         self._rank = RankContext(communicator, tables.table)
-        self._registers = Registers(graph)
+        self._device = device
+        self._lifetimes = Lifetimes(graph)
+        self._registers = Registers(graph, self._lifetimes.released_after)
+        self._waits = cross_stream_waits(graph)
         self._windows: list[int] = []  # sliding windows that occur
 
     def program(self) -> GraphProgram:
         graph, registers = self._graph, self._registers
-        nodes = [node for node in graph.nodes if not isinstance(node.operator, KVSend)]
-        launches = tuple(self._launch(node) for node in nodes)
+        launches = tuple(self._launch(node) for node in graph.nodes)
         logits = graph.tensors_by_name[graph.outputs[0]]
         return GraphProgram(
             launches,
-            num_registers=registers.count,
-            input_registers={name: registers.by_name[name] for name in graph.inputs},
-            output_register=registers.by_name[logits.name],
+            registers=ProgramRegisters(
+                count=registers.count,
+                inputs={name: registers.by_name[name] for name in graph.inputs},
+                output=registers.by_name[logits.name],
+            ),
             prepare_attention=tuple(self._prepare(window) for window in self._windows),
-            num_views=sum(node.operator.is_view for node in nodes),
+            num_views=sum(node.operator.is_view for node in graph.nodes),
             vocab_size=logits.width,
+            device=self._device,
         )
 
     def _launch(self, node: Node) -> Launch:
         weights = tuple(self._weights[name] for name in node.inputs if name in self._weights)
         sources = self._registers.numbers(tuple(name for name in node.inputs if name not in self._weights))
         targets = self._registers.numbers(node.outputs)
-        dead = self._registers.numbers(self._registers.dead_after[node.name])
+        dead = self._registers.numbers(self._lifetimes.released_after[node.name])
         call = operator_call(node.operator, weights, self._rank)
         kernel = self._kernels.kernel(self._backend, call.kernel)
         run = self._bind(node, kernel, call, (*weights, *call.constants), sources, targets)
-        return Launch(node.name, call.kernel, run, dead)
+        return Launch(node.name, call.kernel, run, dead, node.stream, self._waits.get(node.name, ()))
 
     def _bind(
         self,
@@ -113,9 +125,11 @@ class _Lowering:
         operator = node.operator
         if isinstance(operator, Attention):
             return _attention(kernel.run, sources[0], targets[0], node.layer or 0, self._window(operator), call)
+        if isinstance(operator, KVSend):
+            return _kv_sender(kernel.run, node.layer or 0)
         if operator.writes_kv:
             return _kv_writer(kernel.run, sources, targets, constants, node.layer or 0, call.attributes)
-        if isinstance(operator, AllReduce) and node.inputs[0] not in self._registers.dead_after[node.name]:
+        if isinstance(operator, AllReduce) and not self._lifetimes.may_overwrite(node):
             return _plain(_on_a_copy(kernel.run), sources, targets, constants, call.attributes)
         return _plain(kernel.run, sources, targets, constants, call.attributes)
 
@@ -184,6 +198,15 @@ def _kv_writer(
             registers[target] = result
 
     return write
+
+
+def _kv_sender(run: Callable[..., Any], layer: int) -> Callable[[StepState], None]:
+    def send(step: StepState) -> None:
+        kv, sends = step.kv, step.kv_sends
+        if sends is not None:
+            run(kv.keys[layer], kv.values[layer], sends.slots, sends.staging[layer])
+
+    return send
 
 
 def _attention(

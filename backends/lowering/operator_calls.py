@@ -29,7 +29,7 @@ class RankContext:
 
 
 def operator_call(operator: AnyOperator, weights: tuple[torch.Tensor, ...], rank: RankContext) -> OperatorCall:
-    """The call for an operator whose node has these weights. ``KVSend`` has none: see ``lower``."""
+    """The call for an operator whose node has these weights."""
     match operator:
         case operators.Embedding():
             first_row = operator.first_row - (rank.communicator.rank * weights[0].shape[0] if operator.sharded else 0)
@@ -104,6 +104,6 @@ def _plain_kernel(operator: PlainOperator) -> str:
         case expert_operators.Experts():
             return "moe_experts"
         case operators.KVSend():
-            raise ValueError("a KVSend is no kernel: the driver sends blocks when the step is over")
+            return "kv_send"
         case _:
             assert_never(operator)

@@ -29,6 +29,7 @@ __all__ = [
     "embedding",
     "head_norm_rotary_kv_write",
     "head_rms_norm",
+    "kv_send",
     "kv_write",
     "layer_norm",
     "linear",
@@ -119,6 +120,16 @@ def kv_write(
     width = key.shape[1]
     key_cache.view(-1, width).index_copy_(0, slot_mapping, key.to(key_cache.dtype))
     value_cache.view(-1, width).index_copy_(0, slot_mapping, value.to(value_cache.dtype))
+
+
+def kv_send(key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor, staging: torch.Tensor) -> None:
+    """Copy K and V of these slots, in their order, to ``staging`` [2, num_slots or more, num_kv_heads, head_dim].
+
+    ``staging`` may be on another device, or page-locked memory of the host, for which the host does not wait.
+    """
+    for cache, room in zip((key_cache, value_cache), staging, strict=True):
+        found = cache.view(-1, *cache.shape[2:]).index_select(0, slots)
+        room[: slots.shape[0]].copy_(found, non_blocking=True)
 
 
 def rotary_kv_write(

@@ -24,7 +24,7 @@ class AppSettings:
     header_bytes_max: int = 16 << 10
     logprobs_max: int = 20  # alternatives for one token
     num_choices_max: int = 128  # of one prompt (n)
-    num_prompts_max: int = 1024  # of one request
+    num_prompts_max: int = 1024  # of one request, each counted as often as it is answered
     num_stops_max: int = 16  # stop strings
     write_timeout_s: float = 30.0  # a client that reads nothing for so long is given up
     retry_after_s: int = 1  # told to clients that come to a full queue

@@ -22,6 +22,7 @@ class EchoEngine:
     queue_max: int = 1000
     ends_after: int | None = None  # tokens after which `outcome` ends a request
     outcome: RequestOutcome = field(default_factory=lambda: RequestOutcome(FinishReason.ERROR, "made to fail"))
+    breaks_after: int | None = None  # tokens after which a request meets an error that nobody expected
     is_alive: bool = True
     is_draining: bool = False
     seen: list[RequestSpec] = field(default_factory=list)
@@ -68,11 +69,14 @@ class EchoEngine:
     async def _serve(self, request: RequestSpec) -> AsyncIterator[OutputDelta | RequestOutcome]:
         stop, prompt = self.running[request.request_id], request.prompt_token_ids
         assert prompt is not None
+        breaks_after = self.breaks_after  # as it was when the request came
         num_output, outcome = 0, RequestOutcome(FinishReason.LENGTH)
         while num_output < request.max_output_tokens:
             if self.ends_after is not None and num_output >= self.ends_after:
                 outcome = self.outcome
                 break
+            if breaks_after is not None and num_output >= breaks_after:
+                raise ArithmeticError("made to break")
             if await self._is_stopped(stop):
                 outcome = RequestOutcome(FinishReason.ABORT)
                 break

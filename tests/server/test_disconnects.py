@@ -109,20 +109,6 @@ def test_a_slow_reader_that_goes_on_reading_gets_everything() -> None:
     asyncio.run(test())
 
 
-def test_names_of_requests_are_given_back() -> None:
-    async def test() -> None:
-        engine = EchoEngine(pause_s=60)
-        async with running_app(engine) as client:
-            for _ in range(3):
-                _, writer = await _sent(client, {"prompt": "abc", "request_id": "same"})
-                await _until(lambda: engine.num_unfinished == 1)
-                writer.close()
-                await _until(lambda: engine.num_unfinished == 0)
-            assert {spec.request_id for spec in engine.seen} == {"cmpl-same"}
-
-    asyncio.run(test())
-
-
 def test_clients_that_go_in_any_moment_are_no_errors(caplog: pytest.LogCaptureFixture) -> None:
     """Also in the moment between the end of the connection and the end of its handler."""
 

@@ -73,6 +73,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [1] * 300}, "prompt"),
     ({"prompt": "x" * 200, "max_tokens": 57}, "max_tokens"),
     ({"min_tokens": 17}, "min_tokens"),
+    ({"prompt": ["x"] * 9, "n": 128}, "n"),
     *(({"logprobs": value}, "logprobs") for value in (-1, 21, True, 1.5)),
     *(({"best_of": value}, "best_of") for value in (0, 2)),
     ({"suffix": "end"}, "suffix"),
@@ -231,6 +232,36 @@ def test_what_is_not_http_gets_the_same_form(raw: bytes, status: bytes) -> None:
     asyncio.run(test())
 
 
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        (b"Content-Encoding: gzip\r\nContent-Length: 15", b'{"prompt": "x"}'),
+        (b"Transfer-Encoding: chunked", b"zz\r\n{}\r\n"),
+        (b"Content-Length: -5", b""),
+        (b"Content-Length: 5\r\nTransfer-Encoding: chunked", b"0\r\n\r\n"),
+    ],
+    ids=["not gzip", "not chunks", "negative length", "two lengths"],
+)
+def test_bodies_that_are_not_what_their_header_says(
+    header: bytes, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        engine = EchoEngine()
+        async with running_app(engine) as client:
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n\r\n" + body)
+            answer = await asyncio.wait_for(reader.readuntil(b"}}"), 10)
+            writer.close()
+            assert answer.split(b" ")[1] == b"400", answer
+            assert b'"code":400' in answer
+            assert engine.seen == []
+
+    asyncio.run(test())
+    assert not [
+        record for record in caplog.records if record.name.startswith("sagellm") and record.levelname == "ERROR"
+    ]
+
+
 def test_keys_are_asked_for() -> None:
     async def test() -> None:
         engine = EchoEngine()
@@ -272,18 +303,15 @@ def test_a_full_queue_and_a_server_that_stops_say_when_to_come_back() -> None:
     asyncio.run(test())
 
 
-def test_a_name_in_use_gets_something_appended() -> None:
+def test_a_name_may_be_used_twice_at_a_time() -> None:
     async def test() -> None:
         engine = EchoEngine(pause_s=0.02)
         async with running_app(engine) as client:
-            body = {"prompt": "abc", "max_tokens": 5, "request_id": "mine"}
-            answers = await asyncio.gather(*(client.post(_BOTH[0], body) for _ in range(3)))
-            names = sorted(answer["id"] for _, answer in answers)
-            assert len(set(names)) == 3
-            assert names[0] == "cmpl-mine"
-            assert all(name.startswith("cmpl-mine") for name in names)
-            _, again = await client.post(_BOTH[0], body)
-            assert again["id"] == "cmpl-mine"
+            bodies = [{"prompt": "abc", "max_tokens": 5, "request_id": "mine", "n": n} for n in (1, 1, 2)]
+            bodies.append({"prompt": "abc", "max_tokens": 5, "request_id": "mine-0"})
+            answers = await asyncio.gather(*(client.post(_BOTH[0], body) for body in bodies))
+            assert [answer["id"] for _, answer in answers] == ["cmpl-mine"] * 3 + ["cmpl-mine-0"]
+            assert len({spec.request_id for spec in engine.seen}) == 5
 
     asyncio.run(test())
 

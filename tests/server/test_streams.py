@@ -296,3 +296,25 @@ def test_a_server_that_stops_says_so_to_those_whom_it_cuts_off() -> None:
             assert rest.endswith(b"data: [DONE]\n\n")
 
     run(test())
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_an_error_that_nobody_expected_ends_its_request_only(num_tokens: int, num_choices: int) -> None:
+    async def test() -> None:
+        engine = EchoEngine(pause_s=0.01)
+        async with running_app(engine) as client:
+            others = asyncio.ensure_future(client.post("/v1/completions", {"prompt": "ab", "max_tokens": 30}))
+            await asyncio.sleep(0.05)
+            engine.breaks_after = num_tokens
+            body = {"prompt": "ab", "max_tokens": 9, "stream": True, "n": num_choices}
+            async with client.session.post(client.url + "/v1/completions", json=body) as response:
+                raw = await response.read()
+            assert response.status == (200 if num_tokens else 500)
+            assert raw.endswith(b"data: [DONE]\n\n") == bool(num_tokens)
+            assert b'"type":"InternalServerError"' in raw
+            assert b"made to break" not in raw  # what is inside stays inside
+            status, answer = await others
+            assert (status, answer["choices"][0]["text"]) == (200, "ab" * 15)
+
+    asyncio.run(test())

@@ -31,6 +31,10 @@ async def errors_in_openai_form(request: web.Request, handler: Handler) -> web.S
         return await handler(request)
     except ApiError as error:
         return response_of(error)
+    except web.RequestPayloadError as error:
+        response = error_response(400, f"the body cannot be read: {error.__cause__ or error}")
+        response.force_close()
+        return response
     except web.HTTPRequestEntityTooLarge as error:
         return error_response(413, f"the body is larger than {request.client_max_size} bytes: {error.text}")
     except web.HTTPMethodNotAllowed as error:

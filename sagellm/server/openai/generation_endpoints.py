@@ -1,6 +1,6 @@
 """``POST /v1/completions`` and ``POST /v1/chat/completions``."""
 
-import logging
+import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +24,6 @@ from sagellm.server.openai.request_bodies import ChatBody, CompletionBody
 from sagellm.server.openai.request_ids import request_id_of
 from sagellm.server.openai.serving import SERVING, Serving
 
-_LOG = logging.getLogger(__name__)
 _SEED_SPAN = 1 << 64
 
 
@@ -75,14 +74,16 @@ def _submitted(
     arrival_ns: int,
 ) -> Answers:
     """The request's answers, with a core request for each that is submitted when its pieces are read."""
-    request_id = serving.take_request_id(f"{prefix}-{options.request_id or request_id_of(request)}")
+    request_id = f"{prefix}-{options.request_id or request_id_of(request)}"
+    # A client may use a name twice at a time, or again while a request that it gave up is being stopped.
+    core_id = f"{request_id}-{secrets.token_hex(4)}"
     num_answers = len(prompts) * options.num_choices
     generations = [
         Generation(
             serving.engine,
             serving.tokenizer,
             _spec(
-                request_id if num_answers == 1 else f"{request_id}-{index}",
+                core_id if num_answers == 1 else f"{core_id}-{index}",
                 prompts[index // options.num_choices],
                 options,
                 arrival_ns,
@@ -128,7 +129,6 @@ async def _answered(
     finally:
         answers.close()
         _count(answers, options, serving)
-        serving.request_ids.discard(answers.request_id)
 
 
 def _count(answers: Answers, options: GenerationOptions, serving: Serving) -> None:

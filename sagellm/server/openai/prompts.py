@@ -27,7 +27,10 @@ class Prompt:
 async def completion_prompts(body: CompletionBody, options: GenerationOptions, serving: Serving) -> list[Prompt]:
     """The prompts of a completion request. Raises ApiError (400) where one is malformed, empty or too long."""
     prompts: list[Prompt] = []
-    for given in _listed(body.prompt, serving.settings):
+    listed = _listed(body.prompt, serving.settings)
+    most = serving.settings.num_prompts_max // len(listed)
+    check(options.num_choices <= max(most, 1), "n", options.num_choices, f"at most {most} for {len(listed)} prompts")
+    for given in listed:
         if isinstance(given, str):
             token_ids = await serving.encode(given, options.add_special_tokens is not False)
             prompts.append(_fitted(token_ids, given, _COMPLETION_MAX_TOKENS, options, serving.settings))

@@ -1,7 +1,6 @@
 """What every handler needs, in one place."""
 
 import asyncio
-import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -28,7 +27,6 @@ class Serving:
     encoders: ThreadPoolExecutor
     started_s: int  # when the application was made, in seconds since 1970: the model's "created"
     unknown_fields: UnknownFields = field(default_factory=UnknownFields)
-    request_ids: set[str] = field(default_factory=set)  # in use
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; of a long one, beside the event loop."""
@@ -36,17 +34,6 @@ class Serving:
             return self.tokenizer.encode(text, add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.encoders, self.tokenizer.encode, text, add_special_tokens)
-
-    def take_request_id(self, wanted: str) -> str:
-        """A name that no unfinished request has: the wanted one, or it with something appended.
-
-        Give it back with `request_ids.discard`.
-        """
-        request_id = wanted
-        while request_id in self.request_ids:
-            request_id = f"{wanted}-{secrets.token_hex(4)}"
-        self.request_ids.add(request_id)
-        return request_id
 
 
 SERVING = web.AppKey("SERVING", Serving)

@@ -9,7 +9,7 @@ from sagellm.models.known_models import load_model_config
 from sagellm.runtime.execution_graph import operators as ops
 from sagellm.runtime.execution_graph.builder import build_graph
 from sagellm.runtime.execution_graph.ir import ExecutionGraph, Node, from_json
-from sagellm.runtime.execution_graph.tensors import Shard, Tensor, WeightSource
+from sagellm.runtime.execution_graph.tensors import NUM_SAMPLED, Extent, Shard, StepSizes, Tensor, WeightSource
 from sagellm.runtime.execution_graph.validation import validate
 
 GRAPH = build_graph(load_model_config("sagellm/toy"), 2)
@@ -57,11 +57,11 @@ def test_what_the_builder_makes_is_valid() -> None:
         (with_node("layers.0.silu", lambda node: (replaced(node, outputs=("odd",)),)), "its output odd is no tensor"),
         (
             with_node("logits", lambda node: (replaced(node, operator=ops.AllGather(100)),)),
-            "node logits: its outputs are float32[Extent(num_tokens=0, num_seqs=0, num_sampled=1, constant=0), 512]",
+            "node logits: its outputs are float32[num_sampled, 512], must be float32[num_sampled, 100]",
         ),
         (
             with_node("layers.0.q_rotary", lambda node: (replaced(node, inputs=(node.inputs[0], "sampled_rows")),)),
-            "node layers.0.q_rotary: positions has shape",
+            "node layers.0.q_rotary: positions has shape [num_sampled], must be [num_tokens]",
         ),
         (with_tensor("layers.0.silu", shape=(3, 96)), "node layers.0.silu: its outputs are"),
         (with_tensor("layers.0.silu", dtype="float8"), "tensor layers.0.silu: dtype is float8, must be one of"),
@@ -113,3 +113,9 @@ def test_parts_cover_a_weight_once_and_copies_are_neighbours() -> None:
 def test_a_width_that_depends_on_the_step_is_no_width() -> None:
     with pytest.raises(ValueError, match="tensor ids: its last dimension is"):
         _ = Tensor("ids", GRAPH.tensors_by_name["token_ids"].shape, "int64", "input").width
+
+
+def test_extents_read_as_they_are_written() -> None:
+    texts = [str(extent) for extent in (Extent(num_tokens=1), Extent(num_seqs=3, constant=1), Extent(), NUM_SAMPLED)]
+    assert texts == ["num_tokens", "3 num_seqs + 1", "0", "num_sampled"]
+    assert NUM_SAMPLED.times(2).value(StepSizes(num_sampled=5)) == 10

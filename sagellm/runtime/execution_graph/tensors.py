@@ -27,6 +27,11 @@ class Extent(msgspec.Struct, frozen=True, omit_defaults=True):
     num_sampled: int = 0
     constant: int = 0
 
+    def __str__(self) -> str:
+        factors = (("num_tokens", self.num_tokens), ("num_seqs", self.num_seqs), ("num_sampled", self.num_sampled))
+        terms = [name if factor == 1 else f"{factor} {name}" for name, factor in factors if factor]
+        return " + ".join([*terms, str(self.constant)] if self.constant or not terms else terms)
+
     def value(self, sizes: StepSizes) -> int:
         return (
             self.num_tokens * sizes.num_tokens

@@ -1,10 +1,15 @@
-"""OpenAI's own Python client against a real server process with the toy model."""
+"""A real server process with the toy model: OpenAI's own Python client against it, and bad requests."""
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import aiohttp
+import msgspec
 import openai
 import pytest
+from bad_requests import all_refused
+from running_app import Client
 from served_model import ServedModel, served_model
 
 MODEL = "toy"
@@ -130,3 +135,22 @@ def test_many_clients_at_once_leave_everything_as_it_was(served: ServedModel, cl
     with ThreadPoolExecutor(16) as threads:
         assert list(threads.map(ask, range(64))) == [8] * 64
     served.wait_until_idle()
+
+
+def test_bad_requests_change_nothing(served: ServedModel) -> None:
+    """Everything of `test_rejected_inputs`, at the real server: blocks, queues and counts stay as they are."""
+
+    async def test() -> None:
+        headers = {"Authorization": "Bearer secret"}
+        async with aiohttp.ClientSession(headers=headers) as session:
+            client = Client(served.url, 0, session)
+            model = msgspec.json.decode((await client.get("/v1/models"))[1])["data"][0]
+            _, text = await client.post("/detokenize", {"tokens": [10**9]})
+            vocab_size = int(text["error"]["message"].rpartition(" to ")[2]) + 1
+            assert await all_refused(client, model["max_model_len"], vocab_size) > 200
+
+    before = served.wait_until_idle()
+    asyncio.run(test())
+    after = served.wait_until_idle()
+    for name in ("instances", "num_finished", "num_failed", "num_rejected", "num_prompt_tokens"):
+        assert after[name] == before[name]

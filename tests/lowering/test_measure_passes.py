@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.h200.measure_passes import main
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
     "num_hidden_layers": 2,
     "hidden_size": 32,
@@ -26,12 +27,18 @@ def test_every_pass_is_timed_and_saves_launches(tmp_path: Path, capsys: pytest.C
     config.write_text(json.dumps(CONFIG))
     sizes = ["--batches", "1,3", "--context", "20", "--prompts", "24", "--budget-s", "0"]
     main([str(out), "--device", "cpu", "--model", str(config), *sizes])
-    measurements = json.loads(out.read_text())["measurements"]
+    document = json.loads(out.read_text())
+    measurements = document["measurements"]
     launches = {one["variant"]: one["num_launches"] for one in measurements}
     assert {one["step"] for one in measurements} == {"decode x 1", "decode x 3", "prefill 24"}
     assert all(one["launched_ms"] > 0 for one in measurements)
     assert max(launches, key=launches.__getitem__) == "unfused"
     assert min(launches, key=launches.__getitem__) == "all, head norms"
     assert all(one["planned_peak_mib"] < one["unshared_mib"] for one in measurements)
+    sends = {one["variant"]: one for one in document["kv_sends"]}
+    assert list(sends) == ["no sends", "sends in line", "sends scheduled"]
+    assert all(one["launched_ms"] > 0 and one["logits_difference_max"] < 1e-4 for one in sends.values())
+    kv_bytes = 24 * 2 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * CONFIG["head_dim"] * 4
+    assert sends["sends scheduled"]["sent_mib"] * 2**20 == kv_bytes
     printed = capsys.readouterr().out
-    assert all(variant in printed for variant in launches)
+    assert all(variant in printed for variant in (*launches, *sends))

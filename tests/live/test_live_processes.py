@@ -4,6 +4,7 @@ import asyncio
 import io
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -126,6 +127,19 @@ def test_without_instances_requests_end_and_the_engine_says_so() -> None:
         assert outcome.reason is None
 
     serve(Cluster((big("only"),)), scenario)
+
+
+def test_words_to_an_instance_that_has_just_died_hold_nobody_up() -> None:
+    async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
+        reading = [asyncio.ensure_future(read(engine.submit(request(name)))) for name in range(4)]
+        # The front speaks to it in its next turn, and can only hear of its death after that.
+        os.kill(process_ids(host)[InstanceId("a")], signal.SIGKILL)
+        time.sleep(0.3)
+        for token_ids, outcome in await asyncio.gather(*reading):
+            assert token_ids == expected(request("any"))
+            assert outcome == RequestOutcome(FinishReason.LENGTH)
+
+    serve(Cluster((big("a"), big("b"))), scenario)
 
 
 def test_an_instance_that_hangs_is_ended() -> None:

@@ -144,7 +144,10 @@ class InstanceProcesses:
         process = self._processes[instance_id]
         if process.is_gone:
             return
-        process.socket.send(self._encoder.encode(message))
+        try:
+            process.socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return  # its end of the line is gone, and so is it: that is noticed in a moment
         # Sending may swallow the sign that something has arrived.
         if not process.is_due and int(process.socket.get(zmq.EVENTS)) & zmq.POLLIN:
             process.is_due = True

@@ -58,7 +58,7 @@ def _order(subject: Subject) -> None:
 
 def _event_order(subject: Subject) -> None:
     backend = subject.backend
-    for _ in range(3):
+    for _ in range(2):
         producer, consumer = backend.create_stream(), backend.create_stream()
         handle, host = backend.allocate(1 << 16), backend.allocate(1 << 16, MemoryKind.PINNED)
         backend.memset(handle, 0)

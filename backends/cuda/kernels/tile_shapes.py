@@ -21,8 +21,9 @@ class TileShape:
 
 def prefill_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:
     """Tiles whose operands fit into the registers and shared memory of compute capability 8.0 and later."""
-    if element_bytes > 2:
-        shape = TileShape(num_rows=32, num_keys=32, num_warps=4, num_stages=1)
+    if element_bytes > 2:  # without tensor cores, what a tile holds is in registers
+        num_keys = 32 if head_dim <= 64 else 16
+        shape = TileShape(num_rows=16, num_keys=num_keys, num_warps=4, num_stages=1)
     elif head_dim > 128:
         shape = TileShape(num_rows=64, num_keys=32, num_warps=4, num_stages=2)
     else:
@@ -33,7 +34,9 @@ def prefill_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:
 def decode_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:
     """A group's heads are the rows; keys are many, because the memory's bandwidth is the limit."""
     num_rows = max(_DOT_ROWS_MIN, power_of_two_from(group))
-    if element_bytes > 2 or head_dim > 128:
+    if element_bytes > 2:
+        return TileShape(num_rows, num_keys=32 if head_dim <= 64 else 16, num_warps=4, num_stages=2)
+    if head_dim > 128:
         return TileShape(num_rows, num_keys=32, num_warps=4, num_stages=2)
     return TileShape(num_rows, num_keys=64, num_warps=4, num_stages=3)
 

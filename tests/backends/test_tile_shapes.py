@@ -1,0 +1,40 @@
+"""How attention is cut into tiles and parts."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backends.cuda.kernels.tile_shapes import decode_tile, num_decode_parts, power_of_two_from, prefill_tile
+
+
+def is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+@given(st.sampled_from([16, 64, 80, 128, 256]), st.integers(1, 128), st.sampled_from([2, 4]))
+def test_tiles_hold_a_group_and_are_powers_of_two(head_dim: int, group: int, element_bytes: int) -> None:
+    for shape in (prefill_tile(head_dim, group, element_bytes), decode_tile(head_dim, group, element_bytes)):
+        assert shape.num_rows >= max(group, 16)
+        assert is_power_of_two(shape.num_rows)
+        assert is_power_of_two(shape.num_keys)
+
+
+@given(st.integers(1, 100_000), st.integers(1, 1_000_000), st.integers(1, 200))
+def test_parts_are_a_power_of_two_and_enough_for_the_device(programs: int, context: int, units: int) -> None:
+    parts = num_decode_parts(programs, context, units)
+    assert is_power_of_two(parts)
+    assert parts <= 64
+    fills_the_device = parts * programs >= units
+    is_worthwhile = parts * 128 < context
+    assert fills_the_device or not is_worthwhile or parts == 64
+
+
+@given(st.integers(4, 10_000))
+def test_many_programs_are_not_split(programs: int) -> None:
+    assert num_decode_parts(programs * 132, 100_000, 132) == 1
+
+
+@given(st.integers(1, 1 << 20))
+def test_power_of_two_from(number: int) -> None:
+    power = power_of_two_from(number)
+    assert is_power_of_two(power)
+    assert power // 2 < number <= power

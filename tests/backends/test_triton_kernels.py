@@ -1,0 +1,115 @@
+"""The CUDA backend's kernels, interpreted on the CPU, against exact results.
+
+Interpreting is slow, so batches are small, and it rounds bfloat16 differently: on a device the conformance
+suite does it all.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"
+
+from backends.conformance import oracle
+from backends.conformance.batches import HeadShape, paged_batch
+from backends.conformance.check import Check, Subject
+from backends.conformance.closeness import expect_close
+from backends.conformance.operator_checks import operator_checks
+from backends.cpu.backend import CpuBackend
+from backends.cuda.kernels.decode_attention import decode_attention
+from backends.cuda.kernels.prefill_attention import prefill_attention
+from backends.cuda.operator_kernels import register_kernels
+from backends.operators import reference
+from backends.operators.registry import KernelRegistry
+
+# A part of a decode that sees no key has the logarithm of zero.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
+
+MIXED = ((1, 1), (1, 37), (3, 9), (20, 20), (5, 70))
+OWN_KERNELS = "rms_norm", "silu_multiply", "rotary_kv_write"
+
+
+@pytest.fixture
+def subject() -> Subject:
+    registry = KernelRegistry()
+    register_kernels(registry, "cpu", usable=True)
+    return Subject(CpuBackend(), registry)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check for check in operator_checks(("float16",)) if any(name in check.name for name in OWN_KERNELS)],
+    ids=lambda check: check.name,
+)
+def test_kernels_pass_conformance(check: Check, subject: Subject) -> None:
+    check.run(subject)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "block_size", "window"),
+    [
+        (HeadShape(7, 1, 64), 16, 0),
+        (HeadShape(4, 2, 128), 8, 6),
+        (HeadShape(3, 3, 80), 48, 0),
+        (HeadShape(2, 1, 256), 16, 1),
+    ],
+    ids=str,
+)
+def test_attention_of_a_mixed_batch(
+    heads: HeadShape, block_size: int, window: int, dtype: torch.dtype, subject: Subject
+) -> None:
+    batch = paged_batch(MIXED, heads, block_size, dtype)
+    arguments = (batch.query, batch.key_cache, batch.value_cache, batch.inputs)
+    found = subject.registry.kernel("cpu", "attention").run(*arguments, scale=0.1, sliding_window=window)
+    exact = oracle.attention(*arguments, scale=0.1, sliding_window=window)
+    expect_close(found, exact, dtype, "attention")
+
+
+@pytest.mark.parametrize("window", [0, 1, 40])
+@pytest.mark.parametrize("num_parts", [1, 2, 16])
+def test_parts_of_a_decode_join_to_the_whole(num_parts: int, window: int) -> None:
+    batch = paged_batch(((1, 1), (1, 300)), HeadShape(6, 2, 64), 16, torch.float32)
+    found = torch.full(batch.query.shape, torch.nan)
+    caches = (batch.key_cache, batch.value_cache)
+    where = (batch.inputs.context_lens, batch.inputs.block_tables, num_parts)
+    decode_attention(batch.query, *caches, found, *where, scale=0.125, sliding_window=window)
+    exact = oracle.attention(batch.query, *caches, batch.inputs, scale=0.125, sliding_window=window)
+    expect_close(found, exact, torch.float32, "joined parts")
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_the_kernel_of_prompts_computes_decodes_too(window: int) -> None:
+    batch = paged_batch(((1, 1), (1, 70), (3, 9), (20, 20), (1, 33)), HeadShape(6, 2, 64), 8, torch.float32)
+    found = torch.full(batch.query.shape, torch.nan)
+    caches = (batch.key_cache, batch.value_cache)
+    where = (batch.inputs.query_starts, batch.inputs.context_lens, batch.inputs.block_tables, batch.query.shape[0])
+    prefill_attention(batch.query, *caches, found, *where, scale=0.125, sliding_window=window)
+    exact = oracle.attention(batch.query, *caches, batch.inputs, scale=0.125, sliding_window=window)
+    expect_close(found, exact, torch.float32, "attention")
+
+
+def test_a_negative_slot_is_written_nowhere(subject: Subject) -> None:
+    heads, head_dim = 2, 16
+    key_cache, value_cache = torch.zeros(2, 2, heads, head_dim), torch.zeros(2, 2, heads, head_dim)
+    ones = torch.ones(2, heads * head_dim)
+    table = torch.cat((torch.ones(4, head_dim // 2), torch.zeros(4, head_dim // 2)), dim=1)
+    slots = torch.tensor([-1, 2])
+    run = subject.registry.kernel("cpu", "rotary_kv_write").run
+    run(ones, ones, ones, torch.tensor([0, 1]), table, key_cache, value_cache, slots)
+    for cache in (key_cache, value_cache):
+        assert cache[1, 0].eq(1).all()
+        assert cache.sum() == heads * head_dim
+
+
+def test_a_head_size_that_no_kernel_knows_runs_the_reference_and_says_so(subject: Subject) -> None:
+    batch = paged_batch(((1, 5), (3, 3)), HeadShape(2, 1, 320), 4, torch.float32)
+    run = subject.registry.kernel("cpu", "attention").run
+    with pytest.warns(RuntimeWarning, match="head size 320 runs torch's operators"):
+        found = run(batch.query, batch.key_cache, batch.value_cache, batch.inputs, scale=0.05)
+    expected = reference.attention(batch.query, batch.key_cache, batch.value_cache, batch.inputs, scale=0.05)
+    torch.testing.assert_close(found, expected)

@@ -14,7 +14,7 @@ loads, after a short one that warms up:
   its memory is compared with what it was after the first tenth.
 
 With `--url` the same loads go to a server that runs already, `sagellm serve --backend none`, say; its
-processor time and memory are then not known here.
+processor time and memory are then not known here. Memory is read as Linux tells it.
 """
 
 import argparse
@@ -99,6 +99,7 @@ class ServerUse:
     """What the server says of itself."""
 
     cpu_s: float
+    rss_kib: int
     rss_peak_kib: int
     num_unfinished: int
     num_requests_kept: int  # by the metrics
@@ -113,7 +114,8 @@ async def serve_free_engine() -> None:
     async def use(_request: web.Request) -> web.Response:
         own = resource.getrusage(resource.RUSAGE_SELF)
         cpu_s = own.ru_utime + own.ru_stime
-        said = ServerUse(cpu_s, own.ru_maxrss, engine.num_unfinished, metrics.num_requests_kept)
+        rss_kib = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
+        said = ServerUse(cpu_s, rss_kib, own.ru_maxrss, engine.num_unfinished, metrics.num_requests_kept)
         return web.json_response(asdict(said))
 
     app.router.add_get("/use", use)
@@ -189,7 +191,7 @@ class StreamsResult:
     tokens_per_s: float
     cpu_us_per_token: float | None
     first_token_s_max: float
-    progress_of_slowest: float  # over that of the fastest, from all begun until the first end
+    progress_of_slowest: float | None  # over the fastest's, from all begun to the first end; None: never all at once
     rss_peak_mib: float | None
 
 
@@ -204,10 +206,11 @@ async def stream_at_once(load: Load, num_streams: int) -> tuple[list[StreamClien
     while not all(client.num_events for client in clients):
         await asyncio.sleep(0.01)
     begun = [client.num_events for client in clients]
+    were_all_at_once = not any(end.done() for end in ends)
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     progress = [client.num_events - at_first for client, at_first in zip(clients, begun, strict=True)]
     await asyncio.gather(*ends)
-    return clients, progress
+    return clients, progress if were_all_at_once else []
 
 
 def measure_streams(url: str, use: "UseOf", num_streams: int, num_tokens: int, is_chat: bool) -> StreamsResult:
@@ -228,7 +231,7 @@ def measure_streams(url: str, use: "UseOf", num_streams: int, num_tokens: int, i
         tokens_per_s=total / wall_s,
         cpu_us_per_token=(after.cpu_s - before.cpu_s) / total * 1e6 if known else None,
         first_token_s_max=max(client.first_event_s for client in clients),
-        progress_of_slowest=min(progress) / max(max(progress), 1),
+        progress_of_slowest=min(progress) / max(progress) if progress else None,
         rss_peak_mib=after.rss_peak_kib / 1024 if known else None,
     )
 
@@ -243,7 +246,7 @@ class InARowResult:
     cpu_us_per_request: float | None
     num_unfinished: int | None  # afterwards
     num_requests_kept: int | None
-    rss_growth_kib: int | None  # of the peak, from the first tenth to the end
+    rss_growth_kib: int | None  # from the first tenth to the end
 
 
 async def request_in_a_row(load: Load, num_requests: int) -> None:
@@ -276,7 +279,7 @@ def measure_in_a_row(url: str, use: "UseOf", num_requests: int, is_chat: bool) -
         cpu_us_per_request=(after.cpu_s - before.cpu_s) / num_timed * 1e6 if known else None,
         num_unfinished=after.num_unfinished if known else None,
         num_requests_kept=after.num_requests_kept if known else None,
-        rss_growth_kib=after.rss_peak_kib - before.rss_peak_kib if known else None,
+        rss_growth_kib=after.rss_kib - before.rss_kib if known else None,
     )
 
 
@@ -314,7 +317,10 @@ def report(streams: StreamsResult, in_a_row: InARowResult) -> str:
         lines.append(f"  {streams.cpu_us_per_token:.1f} us of the server's processor time for each token")
         lines.append(f"  {streams.rss_peak_mib:.0f} MiB at most")
     lines.append(f"  {streams.first_token_s_max:.2f} s until the last stream had its first token")
-    lines.append(f"  slowest stream at {streams.progress_of_slowest:.2f} of the fastest's pace")
+    if streams.progress_of_slowest is None:
+        lines.append("  the first streams ended before the last had begun")
+    else:
+        lines.append(f"  slowest stream at {streams.progress_of_slowest:.2f} of the fastest's pace")
     lines.append(f"{in_a_row.num_requests:,} requests of {TOKENS_IN_A_ROW} tokens, {CONCURRENCY_IN_A_ROW} at a time")
     lines.append(f"  {in_a_row.requests_per_s:,.0f} requests/s")
     if in_a_row.cpu_us_per_request is not None:

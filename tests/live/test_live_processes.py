@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 from both_drivers import Cluster, instance, read, request
 from msgspec import structs
 
+from backends.executor_settings import ExecutorSettings
 from backends.null.executor import made_up_token_id
 from sagellm.core.config import ControlPlaneConfig, HandoverStart, InstanceConfig, Role
 from sagellm.core.identity import InstanceId
@@ -20,6 +22,7 @@ from sagellm.log_replay import replay_log
 from sagellm.server.engine import OutputDelta, RequestOutcome
 from sagellm.server.live.front_driver import LiveEngine
 from sagellm.server.live.instance_driver import DriverOptions
+from sagellm.server.live.instance_host import StartError
 from sagellm.server.live.live_log import LiveLog
 from sagellm.server.live.supervisor import InstanceProcesses
 from sagellm.server.live.wire import InstanceDied
@@ -127,6 +130,20 @@ def test_without_instances_requests_end_and_the_engine_says_so() -> None:
         assert outcome.reason is None
 
     serve(Cluster((big("only"),)), scenario)
+
+
+def test_one_instance_that_cannot_start_stops_the_others(tmp_path: Path) -> None:
+    """A folder without weights: what the process says of it is the error, and nobody stays behind."""
+    (tmp_path / "config.json").write_text('{"model_type": "none"}')
+    good = ExecutorSettings(big("a"), "made-up", "none")
+    bad = ExecutorSettings(big("b"), str(tmp_path), "cpu")
+    host = InstanceProcesses([good, bad], DriverOptions())
+    cluster = Cluster((big("a"), big("b")))
+    with pytest.raises(StartError, match=r"^b: .*config\.json"):
+        asyncio.run(LiveEngine(cluster.deployment(), host).start())
+    for process_id in process_ids(host).values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(process_id, 0)
 
 
 def test_words_to_an_instance_that_has_just_died_hold_nobody_up() -> None:

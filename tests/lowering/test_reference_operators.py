@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from paged_batches import PagedCache, Sequence
 
 from backends.operators import reference
-from backends.operators.reference_experts import experts_at_once, experts_in_turn
+from backends.operators.reference_experts import experts_at_once, experts_in_groups, experts_in_turn
 from backends.operators.registry import REFERENCE, KernelRegistry
 from backends.operators.rotary_table import rotary_table
 from sagellm.models.rope import LinearScaling, Llama3Scaling, Rope
@@ -164,10 +164,11 @@ def test_attention_is_softmax_over_each_rows_own_tokens(
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_experts_are_summed_by_their_shares(normalise: bool) -> None:
-    x, logits = random(7, 6), random(7, 5, seed=1)
-    gate_up, down = random(5, 8, 6, seed=2), random(5, 6, 4, seed=3)
+    x, logits = random(7, 8), random(7, 5, seed=1)
+    logits[:, 2] -= 9  # nobody wants it
+    gate_up, down = random(5, 8, 8, seed=2), random(5, 8, 4, seed=3)
     ids, shares = reference.moe_router(logits, experts_per_token=2, normalise=normalise)
-    expected = np.zeros((7, 6))
+    expected = np.zeros((7, 8))
     for token in range(7):
         probabilities = np.exp(exact(logits)[token]) / np.exp(exact(logits)[token]).sum()
         chosen = np.argsort(-probabilities)[:2]
@@ -175,7 +176,7 @@ def test_experts_are_summed_by_their_shares(normalise: bool) -> None:
         for expert in chosen:
             gate, up = np.split(exact(gate_up)[expert] @ exact(x)[token], 2)
             expected[token] += probabilities[expert] / whole * (exact(down)[expert] @ (naive_silu(gate) * up))
-    for experts in (reference.moe_experts, experts_in_turn, experts_at_once):
+    for experts in (reference.moe_experts, experts_in_turn, experts_at_once, experts_in_groups):
         assert close(experts(x, ids, shares, gate_up, down), expected)
 
 

@@ -34,7 +34,4 @@ def _fit_serving(options: argparse.Namespace) -> None:
     except (ClusterFileError, TraceError) as error:
         raise ValueError(str(error)) from error
     share = fit_serving(profile, cluster, trace, steps, requests, options.out)
-    print(
-        f"serving adds {share.step_us:.0f} us a step, {share.seq_us:.1f} us a sequence of it, "
-        f"{share.request_us:.0f} us a request ({len(steps)} steps, {len(requests)} requests)\nwrote {options.out}"
-    )
+    print(f"serving adds {share} ({len(steps)} steps, {len(requests)} requests)\nwrote {options.out}")

@@ -1,4 +1,4 @@
-"""What serving adds to an executor's own steps: to each step, to each sequence of it, and to each request.
+"""What serving adds to an executor's own steps: to each step, its sequences and tokens, and to each request.
 
 An executor that is measured by itself has its process, and often its processor, to itself. Served, it
 shares them with the driver around it, with the front process and, on one machine, with the clients.
@@ -17,7 +17,7 @@ from sagellm.core.log import read_log
 from sagellm.core.run_metrics import RunMetrics
 from sagellm.cost_model.profile import FittedProfile
 from sim.calibration.profile_writer import write_profile
-from sim.calibration.table_fit import serving_share, with_serving_share
+from sim.calibration.table_fit import StepShare, serving_share, with_serving_share
 from sim.calibration.timed_steps import TimedStep, logged_steps
 from sim.cluster_file import sim_cluster
 from sim.replay import replay
@@ -40,9 +40,11 @@ class ServedRequest:
 class ServingShare:
     """What serving adds. ``request_us`` is for the way in and out once: HTTP, queues, processes, the client."""
 
-    step_us: float
-    seq_us: float
+    step: StepShare
     request_us: float
+
+    def __str__(self) -> str:
+        return f"{self.step}, {self.request_us:.0f} us a request"
 
 
 def fit_serving(
@@ -61,12 +63,12 @@ def fit_serving(
     Raises:
         ValueError: none did.
     """
-    step_us, seq_us = serving_share(profile.table, steps)
-    served = replace(profile, table=with_serving_share(profile.table, step_us, seq_us), request_overhead_ns=0)
+    step_share = serving_share(profile.table, steps)
+    served = replace(profile, table=with_serving_share(profile.table, step_share), request_overhead_ns=0)
     write_profile(served, out)
     groups = tuple(replace(group, profile=str(out)) for group in cluster.instances)
     metrics = replay(sim_cluster(build_cluster(replace(cluster, instances=groups))), trace).metrics
-    share = ServingShare(step_us, seq_us, request_us(requests, metrics))
+    share = ServingShare(step_share, request_us(requests, metrics))
     write_profile(_with_share(served, share, len(steps)), out)
     return share
 
@@ -132,9 +134,6 @@ def read_served_requests(path: Path) -> dict[int, ServedRequest]:
 
 
 def _with_share(profile: FittedProfile, share: ServingShare, num_steps: int) -> FittedProfile:
-    note = (
-        f"serving adds {share.step_us:.0f} us a step, {share.seq_us:.1f} us a sequence of it and "
-        f"{share.request_us:.0f} us a request, fitted to {num_steps} steps of a run on a server"
-    )
+    note = f"serving adds {share}, fitted to {num_steps} steps of a run on a server"
     header = replace(profile.header, notes=(*profile.header.notes, note))
     return replace(profile, header=header, request_overhead_ns=round(share.request_us * 1e3))

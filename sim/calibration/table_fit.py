@@ -26,6 +26,21 @@ class StepErrors:
     p90_absolute: float
 
 
+@dataclass(frozen=True, slots=True)
+class StepShare:
+    """Microseconds that serving adds to a step, to each sequence of it, and to each token of one with chunks."""
+
+    step_us: float
+    seq_us: float
+    mixed_token_us: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.step_us:.0f} us a step, {self.seq_us:.1f} us a sequence of it, "
+            f"{self.mixed_token_us:.1f} us a token of one with chunks"
+        )
+
+
 def fit_table(steps: Sequence[TimedStep]) -> StepPriceTable:
     """Prices of an instance without device graphs.
 
@@ -61,30 +76,30 @@ def fit_table(steps: Sequence[TimedStep]) -> StepPriceTable:
     )
 
 
-def with_serving_share(table: StepPriceTable, step_us: float, seq_us: float) -> StepPriceTable:
-    """The table with what a step takes longer where it is served, beside the work of the driver around it."""
-    decode = [
-        base + _fs(step_us + seq_us * n) for base, n in zip(table.decode_base_fs, table.decode_num_seqs, strict=True)
-    ]
+def with_serving_share(table: StepPriceTable, share: StepShare) -> StepPriceTable:
+    """The table with what a step takes longer where it is served."""
+    knots = zip(table.decode_base_fs, table.decode_num_seqs, strict=True)
+    mixed_knots = zip(table.mixed_base_fs, table.mixed_num_tokens, strict=True)
     return replace(
         table,
-        decode_base_fs=tuple(decode),
-        mixed_base_fs=tuple(base + _fs(step_us) for base in table.mixed_base_fs),
-        mixed_seq_fs=table.mixed_seq_fs + _fs(seq_us),
+        decode_base_fs=tuple(base + _fs(share.step_us + share.seq_us * size) for base, size in knots),
+        mixed_base_fs=tuple(base + _fs(share.step_us + share.mixed_token_us * size) for base, size in mixed_knots),
+        mixed_seq_fs=table.mixed_seq_fs + _fs(share.seq_us),
     )
 
 
-def serving_share(table: StepPriceTable, served: Sequence[TimedStep]) -> tuple[float, float]:
-    """Microseconds that served steps take longer than the table says: for each step, and each sequence of it.
+def serving_share(table: StepPriceTable, served: Sequence[TimedStep]) -> StepShare:
+    """What served steps take longer than the table says.
 
-    Neither is negative: a step is not quicker for being served.
+    None of it is negative: a step is not quicker for being served.
     """
+    if len(served) < STEPS_PER_KNOT_MIN:
+        return StepShare(0.0, 0.0, 0.0)
     model = TabulatedStepCost(table, "measured", 0)
-    rows = [[1.0, float(step.num_seqs)] for step in served]
+    rows = [[1.0, float(step.num_seqs), float(step.num_tokens) if step.features.chunks else 0.0] for step in served]
     excess = [step.device_us - price_us(model, step.features) for step in served]
-    usual_us = float(np.median([step.device_us for step in served])) if served else 0.0
-    step_us, seq_us = _fit_nonnegative(rows, excess, usual_us) if len(served) >= STEPS_PER_KNOT_MIN else (0.0, 0.0)
-    return step_us, seq_us
+    usual_us = float(np.median([step.device_us for step in served]))
+    return StepShare(*_fit_nonnegative(rows, excess, usual_us))
 
 
 def step_errors(table: StepPriceTable, steps: Sequence[TimedStep]) -> list[StepErrors]:

@@ -1,7 +1,6 @@
 """Prices that are planted in an executor are found again, alone and behind a whole server."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from sim.calibration.serving_fit import (
     read_served_requests,
     read_served_steps,
 )
-from sim.calibration.table_fit import fit_table, price_us, serving_share, step_errors, with_serving_share
+from sim.calibration.table_fit import StepShare, fit_table, price_us, serving_share, step_errors, with_serving_share
 from sim.calibration.timed_steps import TimedStep
 from sim.cluster_file import load_cluster
 from sim.replay import replay
@@ -109,27 +108,29 @@ def test_planted_prices_are_found(probed_steps: list[TimedStep]) -> None:
     assert 0 < table.host_base_fs < 5_000 * US
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 8), st.floats(0, 30)), min_size=30, max_size=60),
-    st.floats(0, 500),
-    st.floats(0, 100),
-)
-def test_what_serving_adds_is_found(sizes: Sequence[tuple[int, float]], step_us: float, seq_us: float) -> None:
-    model = TabulatedStepCost(TRUTH, "measured", 0)
-    contexts = [StepFeatures(size, round(size * context)) for size, context in [(1, 5.0), (8, 9.0), *sizes]]
-    served = [TimedStep(f, price_us(model, f) + step_us + seq_us * f.num_decode_seqs) for f in contexts]
-    share = serving_share(TRUTH, served)
-    table = with_serving_share(TRUTH, *share)
-    for step in served:
-        assert price_us(TabulatedStepCost(table, "measured", 0), step.features) == pytest.approx(
-            step.device_us, rel=0.02
+SHARES = st.builds(StepShare, st.floats(0, 500), st.floats(0, 100), st.floats(0, 50))
+
+
+@given(sizes=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 100)), min_size=30, max_size=60), added=SHARES)
+def test_what_serving_adds_is_found(sizes: list[tuple[int, int]], added: StepShare) -> None:
+    served = []
+    for num_seqs, num_tokens in [(1, 0), (8, 0), (1, 60), (8, 90), (3, 5), *sizes]:
+        chunks = ((num_tokens, 0),) if num_tokens or not num_seqs else ()
+        features = StepFeatures(num_seqs, 20 * num_seqs, ((max(1, num_tokens), 0),) if chunks else ())
+        step = TimedStep(features, 0.0)
+        more_us = (
+            added.step_us + added.seq_us * step.num_seqs + (added.mixed_token_us * step.num_tokens if chunks else 0)
         )
+        served.append(replace(step, device_us=price_us(TabulatedStepCost(TRUTH, "measured", 0), features) + more_us))
+    found = TabulatedStepCost(with_serving_share(TRUTH, serving_share(TRUTH, served)), "measured", 0)
+    for step in served:
+        assert price_us(found, step.features) == pytest.approx(step.device_us, rel=0.02)
 
 
 def test_a_step_is_not_quicker_for_being_served() -> None:
     model = TabulatedStepCost(TRUTH, "measured", 0)
     served = [TimedStep(f, 0.8 * price_us(model, f)) for f in (StepFeatures(n, 50 * n) for n in range(1, 9))]
-    assert serving_share(TRUTH, served) == (0.0, 0.0)
+    assert serving_share(TRUTH, served) == StepShare(0.0, 0.0, 0.0)
 
 
 def test_scattered_times_are_fitted_by_their_mean() -> None:
@@ -189,7 +190,7 @@ def test_a_server_is_predicted_from_its_prices(tmp_path: Path) -> None:
     steps = read_served_steps(log)
     share = fit_serving(profile, cluster, trace, steps, served_requests(served.metrics), out)
     # The device took what the table says: serving it added nothing but the way of a request.
-    assert share.step_us + share.seq_us < 300
+    assert share.step.step_us + share.step.seq_us < 300
     assert 0 <= share.request_us < 100_000
     written = read_profile(out)
     assert isinstance(written, FittedProfile)

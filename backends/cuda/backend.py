@@ -59,7 +59,7 @@ class CudaBackend(AcceleratorBackend):
             kv_layout=KVLayout.BLOCK_TOKEN_HEAD,
             kv_block_sizes=(16, 32, 64, 128),
             collectives="nccl",
-            visible_devices_variable="CUDA_VISIBLE_DEVICES",
+            visible_devices_variable=_CUDA.visible_devices_variable,
         )
 
     def register_operators(self, registry: KernelRegistry) -> None:

@@ -19,34 +19,13 @@ from backends.cuda.kernels.tile_shapes import decode_tile
 
 @triton.jit(do_not_specialize=["num_parts"])
 def _decode_attention(
-    query,
-    key_cache,
-    value_cache,
-    out,
-    part_results,
-    part_scores,
-    context_lens,
-    block_tables,
-    query_row_stride,
-    out_row_stride,
-    key_block_stride,
-    key_slot_stride,
-    key_head_stride,
-    value_block_stride,
-    value_slot_stride,
-    value_head_stride,
-    table_row_stride,
-    num_parts,
-    scale,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
+    query, key_cache, value_cache, out, part_results, part_scores, context_lens, block_tables,
+    query_row_stride, out_row_stride,
+    key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
+    table_row_stride, num_parts, scale,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, IS_SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
     """One program for each sequence, key-value head and part. Unless it is split the result is final."""
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -76,18 +55,9 @@ def _decode_attention(
         end_key,
         first_seen_key,
         end_key // KEYS * KEYS,
-        key_block_stride,
-        key_slot_stride,
-        value_block_stride,
-        value_slot_stride,
-        scale,
-        ROWS,
-        BLOCK_SIZE,
-        HEAD_DIM,
-        COLUMNS,
-        KEYS,
-        WINDOW,
-    )
+        key_block_stride, key_slot_stride, value_block_stride, value_slot_stride,
+        scale, ROWS, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW,
+    )  # fmt: skip
     result = result / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
     if IS_SPLIT:
         num_heads = tl.num_programs(1) * GROUP

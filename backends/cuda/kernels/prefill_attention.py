@@ -32,33 +32,13 @@ def _sequence_of_tile(tile, query_starts, num_seqs, TOKENS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def _prefill_attention(
-    query,
-    key_cache,
-    value_cache,
-    out,
-    query_starts,
-    context_lens,
-    block_tables,
-    num_seqs,
-    query_row_stride,
-    out_row_stride,
-    key_block_stride,
-    key_slot_stride,
-    key_head_stride,
-    value_block_stride,
-    value_slot_stride,
-    value_head_stride,
-    table_row_stride,
-    scale,
-    GROUP: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
+    query, key_cache, value_cache, out, query_starts, context_lens, block_tables, num_seqs,
+    query_row_stride, out_row_stride,
+    key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
+    table_row_stride, scale,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
     """One program for each tile of TOKENS tokens x GROUP heads and each key-value head."""
     # The last tiles of a prompt see the most keys, so they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -95,18 +75,9 @@ def _prefill_attention(
         tl.minimum(first_position + TOKENS, context_len),
         first_seen_key,
         (first_position + 1) // KEYS * KEYS,
-        key_block_stride,
-        key_slot_stride,
-        value_block_stride,
-        value_slot_stride,
-        scale,
-        ROWS,
-        BLOCK_SIZE,
-        HEAD_DIM,
-        COLUMNS,
-        KEYS,
-        WINDOW,
-    )
+        key_block_stride, key_slot_stride, value_block_stride, value_slot_stride,
+        scale, ROWS, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW,
+    )  # fmt: skip
     result = result / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
     places = token_rows * out_row_stride + head_columns
     tl.store(out + places[:, None] + columns[None, :], result.to(out.dtype.element_ty), mask=inside)

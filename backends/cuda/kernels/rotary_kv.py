@@ -48,36 +48,12 @@ def _turned_heads(
 
 @triton.jit
 def _rotary_kv_write(
-    query,
-    key,
-    value,
-    positions,
-    cos_sin,
-    query_weight,
-    key_weight,
-    slot_mapping,
-    out,
-    key_cache,
-    value_cache,
-    query_row_stride,
-    key_row_stride,
-    value_row_stride,
-    key_block_stride,
-    key_slot_stride,
-    key_head_stride,
-    value_block_stride,
-    value_slot_stride,
-    value_head_stride,
-    num_heads,
-    num_kv_heads,
-    block_size,
-    epsilon,
-    HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    NORMS: tl.constexpr,
-):
+    query, key, value, positions, cos_sin, query_weight, key_weight, slot_mapping, out, key_cache, value_cache,
+    query_row_stride, key_row_stride, value_row_stride,
+    key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
+    num_heads, num_kv_heads, block_size, epsilon,
+    HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COLUMNS: tl.constexpr, NORMS: tl.constexpr,
+):  # fmt: skip
     """One program for all heads of a row. A negative slot is written nowhere."""
     half: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0).to(tl.int64)

@@ -110,13 +110,14 @@ class RequestTable:
         self._add_tokens(row, 0, np.array(prompt_ids + output_token_ids, np.int64))
 
     def remove(self, request_id: RequestId) -> None:
-        """Forget a request. Its row may be used again at once: what was launched before is run before."""
+        """Forget a request. Its row may be used again at once: what was launched before is run before.
+
+        What is yet to be copied to the row is copied before what its next owner puts there.
+        """
         known = self._requests.pop(request_id, None)
         if known is None:
             return
         self._free_rows.append(known.row)
-        self.token_writes = [write for write in self.token_writes if write.row != known.row]
-        self.block_writes = [write for write in self.block_writes if write.row != known.row]
         self._decode_ids = None
 
     def _add_tokens(self, row: int, first_position: int, token_ids: Array) -> None:

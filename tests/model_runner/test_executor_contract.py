@@ -180,6 +180,7 @@ def test_a_token_that_the_model_does_not_have_ends_its_request_alone(
     assert isinstance(event, StepFinished)
     assert event.invalid_request_ids == (B,)
     assert event.token_ids is not None
+    assert event.token_ids[0][0] in range(VOCAB_SIZE)  # means nothing, but whoever looks it up finds something
     assert event.token_ids[1] == (OUTPUT[0],)
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -10,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.model_runner.sampler import draw_plan
+from backends.model_runner.sampler.gumbel_noise import exponential_noise, token_hashes
+from backends.model_runner.sampler.noise_keys import noise_keys
 from sagellm.core.sampling import GREEDY, SamplingParameters
 
 VOCAB_SIZE = 40
 NUM_DRAWS = 4000
+CPU = torch.device("cpu")
 P_VALUE_MIN = 1e-3  # draws are the same in every run, so this fails always or never
 
 
@@ -126,6 +130,45 @@ def test_a_large_vocabulary_is_drawn_from_evenly() -> None:
     assert tokens.unique().numel() > num_draws - 5
 
 
+@pytest.mark.parametrize("axis", ["seeds", "positions"])
+def test_noise_is_exponential_and_independent_over_tokens_and_draws(axis: str) -> None:
+    num_draws, num_tokens, num_bins = 1500, 500, 6
+    numbers, zeros = np.arange(num_draws), np.zeros(num_draws, np.int64)
+    seeds, positions = (numbers, zeros) if axis == "seeds" else (zeros, numbers)
+    noise = exponential_noise(
+        token_hashes(num_tokens, CPU), torch.from_numpy(noise_keys(seeds.astype(np.uint64), positions))
+    )
+    assert scipy.stats.kstest(noise.view(-1)[::7].numpy(), "expon").pvalue > P_VALUE_MIN
+    bins = ((1 - (-noise.double()).exp()) * num_bins).long().clamp(max=num_bins - 1)
+    for draws, tokens in ((0, 1), (0, 2), (0, 16), (1, 0), (2, 0), (1, 1)):
+        ours, others = bins[: num_draws - draws, : num_tokens - tokens], bins[draws:, tokens:]
+        pairs = torch.bincount((ours * num_bins + others).reshape(-1), minlength=num_bins**2)
+        assert scipy.stats.chisquare(pairs.numpy()).pvalue > P_VALUE_MIN
+
+
+def test_keys_that_lie_a_token_apart_do_not_shift_the_noise() -> None:
+    hashes = token_hashes(200, CPU)
+    keys = torch.stack((hashes[:2], torch.tensor([5, 6], dtype=torch.int32)))
+    noise = exponential_noise(hashes, keys)
+    assert (noise[0, 1:] == noise[1, :-1]).sum() < 3
+
+
+def test_each_bit_of_seed_position_and_token_changes_half_of_the_noise() -> None:
+    seeds = np.arange(64, dtype=np.uint64) * np.uint64(977)
+    zeros = np.zeros(64, np.int64)
+    before = noise_bits(noise_keys(seeds, zeros))
+    for bit in (0, 1, 17, 31, 32, 63):
+        assert abs((noise_bits(noise_keys(seeds ^ np.uint64(1 << bit), zeros)) != before).float().mean() - 0.5) < 0.02
+    for position in (1, 2, 1 << 20):
+        assert abs((noise_bits(noise_keys(seeds, zeros + position)) != before).float().mean() - 0.5) < 0.02
+    assert abs((before[:, 1:] != before[:, :-1]).float().mean() - 0.5) < 0.02
+
+
+def noise_bits(keys: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    """Whether each token's noise is above its median: [num_keys, 200] bool."""
+    return exponential_noise(token_hashes(200, CPU), torch.from_numpy(keys)) > math.log(2)
+
+
 token_ids = st.integers(0, VOCAB_SIZE - 1)
 
 
@@ -196,7 +239,7 @@ def test_what_is_drawn_is_left_by_transformers(wisher: Wisher, seed: int) -> Non
 def test_the_device_makes_no_difference(name: str) -> None:
     batch = [Wisher(SamplingParameters(**WISHES[name], seed=seed), (3, 9), OUTPUT, STOPS) for seed in range(500)]  # type: ignore[arg-type]
     logits = random_logits(500)
-    assert torch.equal(draw(logits, batch).token_ids, draw(logits, batch, torch.device("cpu")).token_ids)
+    assert torch.equal(draw(logits, batch).token_ids, draw(logits, batch, CPU).token_ids)
 
 
 def test_bad_words_look_at_the_output_alone() -> None:
@@ -215,6 +258,15 @@ def test_token_ids_that_the_model_does_not_have_change_nothing() -> None:
     )
     wisher = Wisher(strange, stop_token_ids=(VOCAB_SIZE + 1,))
     assert torch.equal(draw(logits, [wisher, wisher]).token_ids, logits.argmax(1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_allows_nothing_is_told_apart(temperature: float) -> None:
+    nothing = SamplingParameters(temperature=temperature, allowed_token_ids=(3, 4), bad_words=((3,), (4,)))
+    one = SamplingParameters(temperature=temperature, allowed_token_ids=(3, 4), bad_words=((4,),))
+    drawn = draw(random_logits(2), [Wisher(nothing), Wisher(one)])
+    assert drawn.is_invalid.tolist() == [True, False]
+    assert drawn.token_ids[1] == 3
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:

@@ -86,7 +86,7 @@ class TorchStepExecutor:
             self._start_thread(self._report_launched, "executor-report")
         try:
             self._ask(self._load).result()
-        except (ValueError, RuntimeError):
+        except BaseException:
             self.close()
             raise
 
@@ -294,10 +294,11 @@ class TorchStepExecutor:
         def command() -> None:
             try:
                 answer.set_result(question())
+            except (ValueError, RuntimeError, MemoryError) as error:
+                answer.set_exception(error)
             except BaseException as error:
                 answer.set_exception(error)
-                if not isinstance(error, ValueError | RuntimeError | MemoryError):
-                    raise
+                raise
 
         self._commands.put(command)
         return answer

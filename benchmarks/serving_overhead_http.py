@@ -45,6 +45,7 @@ INSTANCE_ID = InstanceId("free-0")
 CONCURRENCY_IN_A_ROW = 32
 TOKENS_IN_A_ROW = 16
 WARM_UP_REQUESTS = 200
+EVENT_START = b'data: {"id"'
 TEXT = b"The quick brown fox jumps over the lazy dog. "
 
 
@@ -157,6 +158,8 @@ class StreamClient(asyncio.Protocol):
         self._load = load
         self._done = done
         self._transport: asyncio.Transport
+        self._is_whole = False  # the mark at the end is there
+        self._tail = b""  # may be the first part of an event's start
         self._start_s = 0.0
         self.num_events = 0
         self.first_event_s = 0.0  # after the start
@@ -172,12 +175,15 @@ class StreamClient(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if not self.num_events:
             self.first_event_s = time.perf_counter() - self._start_s
-        self.num_events += data.count(b'data: {"id"')
-        if b"[DONE]" in data and not self._done.done():
-            self._done.set_result(None)
+        data = self._tail + data
+        self.num_events += data.count(EVENT_START)
+        self._is_whole |= b"[DONE]" in data
+        self._tail = data[1 - len(EVENT_START) :]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._done.done():
+        if self._is_whole:
+            self._done.set_result(None)
+        else:
             self._done.set_exception(ConnectionError(f"a stream ended after {self.num_events} events: {exc}"))
 
 

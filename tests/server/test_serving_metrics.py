@@ -5,7 +5,7 @@ from bisect import bisect_left
 
 import pytest
 from echo_engine import EchoEngine
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from running_app import running_app
@@ -74,6 +74,7 @@ def test_intervals_of_one_request() -> None:
     assert metrics.num_requests_kept == 0
 
 
+@settings(deadline=None)
 @given(lives=st.lists(st.sampled_from(["finished", "rejected", "cancelled", "lost"]), max_size=30))
 def test_nothing_is_kept_of_requests_that_are_over(lives: list[str]) -> None:
     metrics = ServingMetrics("toy", 1000)
@@ -107,6 +108,7 @@ def test_steps_count_with_their_average_tokens() -> None:
     assert (rows["1.0"], rows["8.0"], rows["128.0"], rows["256.0"]) == (0, 10, 10, 12)
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.floats(0, 3000), max_size=50))
 def test_buckets_count_values_at_or_below_their_bound(values: list[float]) -> None:
     counts = BucketCounts(TTFT_S)
@@ -186,6 +188,7 @@ def test_prometheus_reads_the_names_that_vllm_has() -> None:
     assert (info.labels["instance_id"], info.labels["role"], info.labels["device"]) == ("echo-0", "mixed", "echo")
 
 
+@settings(deadline=None)
 @given(events=st.lists(st.tuples(st.integers(0, 900), st.integers(1, 5)), max_size=60))
 def test_the_live_series_has_every_second_once(events: list[tuple[int, int]]) -> None:
     series, total_by_second = LiveSeries(), dict[int, int]()

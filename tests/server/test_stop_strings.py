@@ -1,6 +1,6 @@
 """Stop strings: what goes out ends where the first one begins, and never shows a part of one."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagellm.server.openai.stop_strings import StopStrings
@@ -18,6 +18,7 @@ def _first_end(text: str, stops: tuple[str, ...]) -> tuple[int, str] | None:
     return None
 
 
+@settings(deadline=None)
 @given(text=st.text("abc", max_size=30), stops=_STOPS, with_stop=st.booleans())
 def test_text_ends_at_the_stop_string_that_is_complete_first(
     text: str, stops: tuple[str, ...], with_stop: bool
@@ -39,6 +40,7 @@ def test_text_ends_at_the_stop_string_that_is_complete_first(
         assert shown == text[:start] + (stop if with_stop else "")
 
 
+@settings(deadline=None)
 @given(text=st.text("abc", max_size=30), cuts=st.lists(st.integers(0, 4)), stops=_STOPS)
 def test_nothing_is_held_back_without_need(text: str, cuts: list[int], stops: tuple[str, ...]) -> None:
     search, shown, taken = StopStrings(stops, False), "", 0

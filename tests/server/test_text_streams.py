@@ -93,12 +93,14 @@ def test_no_piece_ends_within_a_character(tokenizers: dict[str, FolderTokenizer]
         assert not any("\ufffd" in piece for piece in _streamed(tokenizer, token_ids, sizes, True))
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=60), sizes=_SIZES)
 def test_bytes_come_out_of_the_byte_tokenizer_as_python_decodes_them(data: bytes, sizes: list[int]) -> None:
     pieces = _streamed(ByteTokenizer(), [*data, END_TOKEN_ID, 300], sizes, skip_special_tokens=True)
     assert "".join(pieces) == data.decode("utf-8", "replace")
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_the_byte_tokenizer_takes_every_text(text: str) -> None:
     tokenizer = ByteTokenizer()

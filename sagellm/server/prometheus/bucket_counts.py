@@ -51,5 +51,5 @@ class BucketCounts:
         so_far = 0
         for bound, count in zip((*map(float, self.bounds), float("inf")), self._counts, strict=True):
             so_far += count
-            rows.append((floatToGoString(bound), so_far))
+            rows.append((str(floatToGoString(bound)), so_far))  # type: ignore[no-untyped-call]
         return rows

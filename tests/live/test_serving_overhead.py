@@ -12,7 +12,7 @@ def test_streams_are_all_read_and_timed(single_process: bool) -> None:
     result = asyncio.run(measure_streams(40, 20, single_process))
     assert result.num_tokens == 800
     assert result.num_steps >= 20
-    assert 0 < result.longest_gap_ms_median <= result.longest_gap_ms_max
+    assert 0 <= result.longest_gap_ms_median <= result.longest_gap_ms_max
     assert result.core_us_per_step > 0
 
 

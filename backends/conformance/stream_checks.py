@@ -10,8 +10,8 @@ from backends.kernel_launch import KernelConfig
 from backends.memory import MemoryKind
 from backends.streams import DeviceStream
 
-_LONG_WORK_ROUNDS = 20
-_LONG_WORK_WIDTH = 1024
+_LONG_WORK_ROUNDS = 40
+_LONG_WORK_WIDTH = 512
 
 
 def stream_checks() -> tuple[Check, ...]:

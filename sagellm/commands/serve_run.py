@@ -11,7 +11,7 @@ from typing import IO
 import click
 from aiohttp import web
 
-from sagellm.commands.serve_cluster import ServedCluster, choose_served_cluster
+from sagellm.commands.serve_cluster import NO_BACKEND, ServedCluster, choose_served_cluster
 from sagellm.commands.serve_options import ServeOptions
 from sagellm.commands.user_error import UserError, user_errors
 from sagellm.core.config import Role
@@ -204,7 +204,9 @@ def _devices(served: ServedCluster) -> str:
 def _say_ready(options: ServeOptions, served: ServedCluster, settings: AppSettings, port: int) -> None:
     host = "localhost" if options.host in ("0.0.0.0", "::", "127.0.0.1") else options.host
     url = f"http://{host}:{port}"
-    if served.is_toy:
+    if options.backend == NO_BACKEND:
+        click.echo("Nothing is computed: every answer is the alphabet, over and over.")
+    elif served.is_toy:
         click.echo("No model was given: this is a toy with random weights, which talks nonsense, quickly.")
     if settings.tokenizer_folder is None:
         click.echo("There is no tokenizer.json: every byte of the text is a token.")

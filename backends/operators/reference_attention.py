@@ -11,31 +11,54 @@ import torch.nn.functional as functional
 
 from backends.step_inputs import StepInputs
 
+# On a CPU, decodes of one go: what is gathered of them is still in a core's cache when it is multiplied.
+_TOKENS_OF_BUCKET_MAX = 2048
+
 
 class Gathering:
-    """Room for one layer's gathered K or V, used again by the next: fresh memory costs more than the copy."""
+    """Room for the K and V of one bucket and layer, used again by the next: fresh memory costs more than the copy."""
 
     def __init__(self) -> None:
         self._room: torch.Tensor | None = None
 
-    def gather(self, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """``cache[slots]``: [num_slots, num_kv_heads, head_dim], good until the next call."""
-        shape = (slots.shape[0], *cache.shape[1:])
-        if self._room is None or self._room.shape != shape or self._room.dtype != cache.dtype:
-            self._room = cache.new_empty(shape)
-        return torch.index_select(cache, 0, slots, out=self._room)
+    def gather(self, caches: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
+        """``cache[rows]`` for K and V, both [num_rows, width], good until the next call."""
+        num_rows, width = rows.shape[0], caches[0].shape[1]
+        room = self._room
+        if room is None or room.shape[1] < num_rows or room.shape[2] != width or room.dtype != caches[0].dtype:
+            room = self._room = caches[0].new_empty(2, num_rows, width)
+        places = zip(caches, room[:, :num_rows].unbind(), strict=True)
+        return [torch.index_select(cache, 0, rows, out=place) for cache, place in places]
 
 
-@dataclass(frozen=True, slots=True)
 class DecodeBucket:
     """Decodes of about the same context, padded to the longest."""
 
-    rows: torch.Tensor | None  # [num_rows] of the batch; None: its first rows, all of them
-    num_rows: int
-    slots: torch.Tensor  # [num_rows * length]; what pads a sequence is its own first slot
-    mask: torch.Tensor  # bool [num_rows, 1, 1, length]
-    keys: Gathering = field(default_factory=Gathering)
-    values: Gathering = field(default_factory=Gathering)
+    def __init__(self, rows: torch.Tensor | None, slots: torch.Tensor, seen: torch.Tensor) -> None:
+        """``slots`` pads a sequence with its own first slot, which ``seen`` denies; both are [num_rows, length].
+
+        ``rows`` are numbers of rows of the batch; None: its first rows, all of them.
+        """
+        self.rows = rows
+        self.num_rows, self.length = slots.shape
+        self.seen = seen[:, None, None, :]
+        self._slots = slots
+        self._head_rows: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+
+    def head_rows(self, num_kv_heads: int) -> torch.Tensor:
+        """[num_rows * num_kv_heads * length]: rows of a cache that is seen as one row for each slot and head."""
+        if self._head_rows is None:
+            heads = torch.arange(num_kv_heads, device=self._slots.device).unsqueeze(-1)
+            self._head_rows = (self._slots.unsqueeze(1) * num_kv_heads + heads).flatten()
+        return self._head_rows
+
+    def bias(self, num_kv_heads: int) -> torch.Tensor:
+        """float32 [num_rows * num_kv_heads, 1, length]: 0 where a row sees, minus infinity elsewhere."""
+        if self._bias is None:
+            bias = torch.zeros(self.seen.shape, device=self.seen.device).masked_fill_(~self.seen, float("-inf"))
+            self._bias = bias.expand(-1, num_kv_heads, -1, -1).reshape(-1, 1, self.length)
+        return self._bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +78,7 @@ class PreparedAttention:
 
     decodes: tuple[DecodeBucket, ...]
     prefills: tuple[PrefillSequence, ...]
+    gathering: Gathering = field(default_factory=Gathering)
 
 
 def attention(
@@ -79,7 +103,7 @@ def attention(
     query = torch.unflatten(query, -1, (-1, head_dim))
     result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     for bucket in inputs.decodes:
-        _decode(query, keys, values, bucket, scale, result)
+        _decode(query, (keys, values), bucket, inputs.gathering, scale, result)
     for sequence in inputs.prefills:
         _prefill(query, keys, values, sequence, scale, result)
     return result.flatten(-2)
@@ -87,26 +111,45 @@ def attention(
 
 def _decode(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
     bucket: DecodeBucket,
+    gathering: Gathering,
     scale: float,
     result: torch.Tensor,
 ) -> None:
     """One call for all rows: the query heads of a group stand where a prompt's rows would."""
-    _, num_kv_heads, head_dim = keys.shape
+    _, num_kv_heads, head_dim = caches[0].shape
     rows = query[: bucket.num_rows] if bucket.rows is None else query.index_select(0, bucket.rows)
-    grouped = torch.unflatten(rows, 1, (num_kv_heads, -1))
-    shape = (bucket.num_rows, -1, num_kv_heads, head_dim)
-    gathered_keys = bucket.keys.gather(keys, bucket.slots).view(shape).transpose(1, 2).to(query.dtype)
-    gathered_values = bucket.values.gather(values, bucket.slots).view(shape).transpose(1, 2).to(query.dtype)
-    output = functional.scaled_dot_product_attention(
-        grouped, gathered_keys, gathered_values, attn_mask=bucket.mask, scale=scale
-    ).flatten(1, 2)
+    by_head = (caches[0].view(-1, head_dim), caches[1].view(-1, head_dim))
+    shape = (bucket.num_rows * num_kv_heads, bucket.length, head_dim)
+    gathered = gathering.gather(by_head, bucket.head_rows(num_kv_heads))
+    keys, values = (part.view(shape).to(query.dtype) for part in gathered)
+    grouped = rows.reshape(shape[0], -1, head_dim)
+    if query.dtype == torch.float32:
+        output = _products(grouped, keys, values, bucket.bias(num_kv_heads), scale)
+    else:
+        output = _fused(grouped, keys, values, bucket, scale)
+    output = output.reshape(rows.shape)
     if bucket.rows is None:
         result[: bucket.num_rows] = output
     else:
         result.index_copy_(0, bucket.rows, output)
+
+
+def _products(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention spelled out: of so few rows, torch's own takes longer on a CPU. All are [num_heads, ..., head_dim]."""
+    scores = torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=scale)
+    return torch.bmm(torch.softmax(scores, dim=-1), values)
+
+
+def _fused(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bucket: DecodeBucket, scale: float
+) -> torch.Tensor:
+    """The same without rounding scores to a type of 16 bits."""
+    query, keys, values = (torch.unflatten(part, 0, (bucket.num_rows, -1)) for part in (query, keys, values))
+    return functional.scaled_dot_product_attention(query, keys, values, attn_mask=bucket.seen, scale=scale)
 
 
 def _prefill(
@@ -148,21 +191,32 @@ def prepare_attention(inputs: StepInputs, *, block_size: int, sliding_window: in
 
 
 def _decode_buckets(inputs: StepInputs, block_size: int, sliding_window: int) -> tuple[DecodeBucket, ...]:
-    """On a CPU, contexts that differ less than twofold go together; elsewhere all do, without a look at them."""
+    """On a CPU some of about the same context go together; elsewhere all do, without a look at their contexts."""
     num_decodes = inputs.num_decodes
     context_lens = inputs.context_lens[:num_decodes]
     if context_lens.device.type != "cpu":
         return (_decode_bucket(inputs, None, inputs.context_len_max, block_size, sliding_window),)
-    lengths = context_lens.tolist()
-    rows_by_size: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        rows_by_size.setdefault(length.bit_length(), []).append(row)
-    if len(rows_by_size) == 1:
-        return (_decode_bucket(inputs, None, max(lengths), block_size, sliding_window),)
+    lengths = [min(length, sliding_window or length) for length in context_lens.tolist()]
     return tuple(
         _decode_bucket(inputs, torch.tensor(rows), max(lengths[row] for row in rows), block_size, sliding_window)
-        for rows in rows_by_size.values()
+        for rows in rows_together(lengths)
     )
+
+
+def rows_together(lengths: list[int]) -> list[list[int]]:
+    """Rows by length, as many to each list as have ``_TOKENS_OF_BUCKET_MAX`` tokens when padded to its longest.
+
+    The longest of a list is less than twice as long as its shortest.
+    """
+    found: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        longest = lengths[found[-1][0]] if found else 0
+        fits = found and (len(found[-1]) + 1) * longest <= _TOKENS_OF_BUCKET_MAX and 2 * lengths[row] > longest
+        if fits:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found
 
 
 def _decode_bucket(
@@ -179,7 +233,7 @@ def _decode_bucket(
     positions = torch.where(seen, places + (context_lens - lengths).unsqueeze(1), (context_lens - lengths).unsqueeze(1))
     blocks = tables.gather(1, positions // block_size).to(torch.int64)
     slots = blocks * block_size + positions % block_size
-    return DecodeBucket(rows, context_lens.shape[0], slots.flatten(), seen[:, None, None, :])
+    return DecodeBucket(rows, slots, seen)
 
 
 def _prefill_sequence(

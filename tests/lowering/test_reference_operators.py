@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_batches import PagedCache, Sequence
 
-from backends.operators import reference
+from backends.operators import reference, reference_attention
 from backends.operators.reference_experts import experts_at_once, experts_in_groups, experts_in_turn
 from backends.operators.registry import REFERENCE, KernelRegistry
 from backends.operators.rotary_table import rotary_table
@@ -160,6 +160,15 @@ def test_attention_is_softmax_over_each_rows_own_tokens(
             heads = exact(query[len(rows)]).reshape(-1, 4)
             rows.append(naive_attention(heads, *seen, group, 0.7, first_key).reshape(-1))
     assert close(found, np.stack(rows))
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+def test_decodes_go_together_while_few_tokens_pad_them(lengths: list[int]) -> None:
+    together = reference_attention.rows_together(lengths)
+    assert sorted(row for rows in together for row in rows) == list(range(len(lengths)))
+    for rows in together:
+        longest, shortest = max(lengths[row] for row in rows), min(lengths[row] for row in rows)
+        assert len(rows) == 1 or (longest < 2 * shortest and longest * len(rows) <= 2048)
 
 
 @pytest.mark.parametrize("normalise", [False, True])

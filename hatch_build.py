@@ -91,6 +91,10 @@ def _compile(root: Path, modules: list[str], work: Path) -> list[Path]:
         extensions = mypycify(
             [*options, *modules], opt_level="2", target_dir=str(work / "c"), include_runtime_files=True
         )
+        if os.name == "posix":
+            for extension in extensions:
+                # Compiled modules call each other directly, not through a table that others could change.
+                extension.extra_compile_args.append("-fvisibility=hidden")
         command = Distribution({"name": "sagellm", "ext_modules": extensions}).get_command_obj("build_ext")
         command.build_lib, command.build_temp = str(work / "lib"), str(work / "o")
         command.parallel = os.cpu_count()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sagellm.core.identity import InstanceId, TransferId
 from sagellm.cost_model.link import Link
-from sim.device import Schedule
+from sim.environment import CallQueue, FunctionCall
 
 
 @dataclass(slots=True)
@@ -25,11 +25,11 @@ class _Transfer:
 
 
 class Network:
-    """Transfers under way. ``schedule(at_ns, call)`` is the driver's timer."""
+    """Transfers under way."""
 
-    def __init__(self, link: Link, schedule: Schedule) -> None:
+    def __init__(self, link: Link, calls: CallQueue) -> None:
         self._link = link
-        self._schedule = schedule
+        self._calls = calls
         self._moving: dict[TransferId, _Transfer] = {}
         self._pending: dict[TransferId, _Transfer] = {}  # in their fixed time
         self._load: Counter[tuple[str, InstanceId]] = Counter()  # transfers by link
@@ -48,9 +48,8 @@ class Network:
         """Move ``num_bytes``; ``done`` is called when they are there."""
         transfer = _Transfer(source, target, ("out", source), ("in", target), float(num_bytes), done)
         self._pending[transfer_id] = transfer
-        starts_ns = now_ns + self._link.fixed_ns
 
-        def begin(_: object) -> None:
+        def begin(starts_ns: int) -> None:
             if transfer_id not in self._pending:
                 return
             del self._pending[transfer_id]
@@ -60,7 +59,7 @@ class Network:
             self._load[transfer.in_link] += 1
             self._arm(starts_ns)
 
-        self._schedule(starts_ns, begin)
+        self._calls.call_at(now_ns + self._link.fixed_ns, FunctionCall(begin))
 
     def cancel(self, transfer_id: TransferId, now_ns: int) -> bool:
         """Stop a transfer; False where there is none of that id any more."""
@@ -108,9 +107,8 @@ class Network:
             return
         generation = self._generation
         left_ns = min(max(0.0, t.num_bytes_left) / self._rate(t) for t in self._moving.values())
-        at_ns = now_ns + int(left_ns) + 1
 
-        def finish(_: object) -> None:
+        def finish(at_ns: int) -> None:
             if generation != self._generation:
                 return
             self._settle(at_ns)
@@ -120,4 +118,4 @@ class Network:
             for transfer in finished:
                 transfer.done()
 
-        self._schedule(at_ns, finish)
+        self._calls.call_at(now_ns + int(left_ns) + 1, FunctionCall(finish))

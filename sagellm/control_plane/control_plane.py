@@ -4,10 +4,9 @@ It owns a request while it queues; an instance owns it once assigned, until it s
 ended or moved. So each accepted request has one owner at any time, and exactly one terminal outcome.
 """
 
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import assert_never
 
+from sagellm.control_plane.accepted_request import AcceptedRequest, Stage
 from sagellm.control_plane.fleet import Fleet
 from sagellm.control_plane.instance_view import InstanceView
 from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
@@ -34,42 +33,13 @@ from sagellm.core.messages import (
     SourceLost,
 )
 from sagellm.core.randomness import Rng
-from sagellm.core.request import FinishReason, RequestSpec
+from sagellm.core.request import RequestSpec
 
 _EWMA_SHARE = 0.1
 """How much the latest prefill counts in the running mean of time per prompt token."""
 
 
-class _Stage(StrEnum):
-    QUEUED = "queued"
-    PREFILL = "prefill"  # on an instance, first token not out
-    HANDOVER = "handover"  # prefilled; on its way to a decode instance
-    DECODE = "decode"
-
-
-@dataclass(slots=True)
-class _Request:
-    queued: QueuedRequest
-    stage: _Stage = _Stage.QUEUED
-    view: InstanceView | None = None  # its owner
-    hand_over: bool = False
-    target: InstanceView | None = None  # where its KV is to go
-    attempt: int = 0  # hand-overs of this request so far
-    num_runs: int = 0  # assignments
-    assigned_ns: int = 0
-    cancelled: FinishReason | None = None  # how it is to end, once a client has cancelled it
-    num_prefill_tokens: int = 0  # of it counted in the owner's view
-    output: QueuedRequest | None = None  # how it is to be queued, should its owner be lost; None: as it was
-
-    def sent(self, num_output_tokens: int, output_token_ids: tuple[int, ...] | None) -> None:
-        """The client has so much of its output."""
-        known = self.output or self.queued
-        if num_output_tokens > known.num_output_tokens:
-            self.output = QueuedRequest(self.spec, num_output_tokens, output_token_ids)
-
-    @property
-    def spec(self) -> RequestSpec:
-        return self.queued.spec
+_Change = RequestMoved | RequestCancelled | HandoverFailed | InstanceJoined | InstanceLost
 
 
 class ControlPlane:
@@ -79,7 +49,7 @@ class ControlPlane:
         self.config = config
         self._queue = make_strategy(config.strategy)
         self._fleet = Fleet(config, rng)
-        self._requests: dict[RequestId, _Request] = {}
+        self._requests: dict[RequestId, AcceptedRequest] = {}
         self._inbox: list[tuple[ControlPlaneEvent, int]] = []
         self._prefill_ns_per_token = 0.0
         self._now_ns = 0
@@ -119,13 +89,17 @@ class ControlPlane:
     # --- events ----------------------------------------------------------------------------------------
 
     def _take_in(self, event: ControlPlaneEvent, event_ns: int, effects: list[ControlPlaneEffect]) -> None:
+        if type(event) is RequestArrived:
+            self._admit(event.request, effects)
+        elif type(event) is PrefillFinished:
+            self._prefilled(event, event_ns, effects)
+        elif type(event) is RequestFinished:
+            self._finished(event)
+        else:
+            self._take_in_change(event, effects)
+
+    def _take_in_change(self, event: _Change, effects: list[ControlPlaneEffect]) -> None:
         match event:
-            case RequestArrived(request=spec):
-                self._admit(spec, effects)
-            case PrefillFinished():
-                self._prefilled(event, event_ns, effects)
-            case RequestFinished():
-                self._finished(event)
             case RequestMoved():
                 self._moved(event, effects)
             case RequestCancelled():
@@ -148,7 +122,7 @@ class ControlPlane:
         if reason is not None:
             effects.append(RejectRequest(spec.request_id, reason, retryable))
             return
-        request = _Request(QueuedRequest(spec))
+        request = AcceptedRequest(QueuedRequest(spec))
         self._requests[spec.request_id] = request
         self._queue.push(request.queued)
 
@@ -167,18 +141,18 @@ class ControlPlane:
 
     def _prefilled(self, event: PrefillFinished, event_ns: int, effects: list[ControlPlaneEffect]) -> None:
         request = self._owned(event.request_id, event.instance_id)
-        if request is None or request.stage is not _Stage.PREFILL:
+        if request is None or request.stage is not Stage.PREFILL:
             return
         self._learn(request, event_ns)
         self._prefill_is_over(request)
         if not request.hand_over or request.spec.max_output_tokens - request.queued.num_output_tokens <= 1:
-            request.stage = _Stage.DECODE
+            request.stage = Stage.DECODE
             return
-        request.stage = _Stage.HANDOVER
+        request.stage = Stage.HANDOVER
         if request.target is None:
             self._reserve(request, None, effects)
 
-    def _learn(self, request: _Request, prefilled_ns: int) -> None:
+    def _learn(self, request: AcceptedRequest, prefilled_ns: int) -> None:
         """Take the time from dispatch to first token into the running mean."""
         num_tokens = request.queued.num_prefill_tokens
         sample = (prefilled_ns - request.assigned_ns) / num_tokens
@@ -187,7 +161,7 @@ class ControlPlane:
         else:
             self._prefill_ns_per_token += _EWMA_SHARE * (sample - self._prefill_ns_per_token)
 
-    def _prefill_is_over(self, request: _Request) -> None:
+    def _prefill_is_over(self, request: AcceptedRequest) -> None:
         assert request.view is not None
         request.view.add(num_prefill_tokens=-request.num_prefill_tokens)
         request.num_prefill_tokens = 0
@@ -212,7 +186,7 @@ class ControlPlane:
             return
         # What was counted on the target when it was chosen stays counted: it is the owner now.
         request.view, request.target = request.target, None
-        request.stage = _Stage.DECODE
+        request.stage = Stage.DECODE
         if request.cancelled is not None:
             effects.append(AbortRequest(request.view.instance_id, event.request_id, request.cancelled))
 
@@ -231,7 +205,7 @@ class ControlPlane:
 
     # --- disaggregation ------------------------------------------------------------------------------------
 
-    def _reserve(self, request: _Request, without: InstanceId | None, effects: list[ControlPlaneEffect]) -> None:
+    def _reserve(self, request: AcceptedRequest, without: InstanceId | None, effects: list[ControlPlaneEffect]) -> None:
         """Choose the decode instance; where none can be had, the request decodes where it is."""
         assert request.view is not None
         request.attempt += 1
@@ -240,8 +214,8 @@ class ControlPlane:
             target = self._fleet.choose_decode(request.spec, without)
         if target is None:
             request.hand_over = False
-            if request.stage is _Stage.HANDOVER:
-                request.stage = _Stage.DECODE
+            if request.stage is Stage.HANDOVER:
+                request.stage = Stage.DECODE
             effects.append(DecodeHere(request.view.instance_id, request.spec.request_id))
             return
         request.target = target
@@ -284,7 +258,7 @@ class ControlPlane:
         if not self._fleet.views:
             self._reject_queue("no instance is left to serve it", effects)
 
-    def _run_again(self, request: _Request, effects: list[ControlPlaneEffect]) -> None:
+    def _run_again(self, request: AcceptedRequest, effects: list[ControlPlaneEffect]) -> None:
         """The owner is gone: queue the request once more, or end it."""
         request_id = request.spec.request_id
         if request.target is not None:
@@ -292,7 +266,7 @@ class ControlPlane:
             self._leave_target(request)
         request.view = None
         request.hand_over = False
-        request.stage = _Stage.QUEUED
+        request.stage = Stage.QUEUED
         request.num_prefill_tokens = 0
         request.queued, request.output = request.output or request.queued, None
         end = request.queued.end_of_output
@@ -330,15 +304,16 @@ class ControlPlane:
             if placed is None:
                 return
             self._queue.served(queued.request_id)
-            self._assign(self._requests[queued.request_id], *placed, effects)
+            view, hand_over = placed
+            self._assign(self._requests[queued.request_id], view, hand_over, effects)
 
     def _assign(
-        self, request: _Request, view: InstanceView, hand_over: bool, effects: list[ControlPlaneEffect]
+        self, request: AcceptedRequest, view: InstanceView, hand_over: bool, effects: list[ControlPlaneEffect]
     ) -> None:
         queued = request.queued
         request.view = view
         request.hand_over = hand_over
-        request.stage = _Stage.PREFILL
+        request.stage = Stage.PREFILL
         request.num_runs += 1
         request.assigned_ns = self._now_ns
         request.num_prefill_tokens = queued.num_prefill_tokens
@@ -356,14 +331,14 @@ class ControlPlane:
 
     # --- leaves --------------------------------------------------------------------------------------------
 
-    def _owned(self, request_id: RequestId, instance_id: InstanceId) -> _Request | None:
+    def _owned(self, request_id: RequestId, instance_id: InstanceId) -> AcceptedRequest | None:
         """The request, if that instance is still its owner; news from a former owner is stale."""
         request = self._requests.get(request_id)
         if request is None or request.view is None or request.view.instance_id != instance_id:
             return None
         return request
 
-    def _leave_view(self, request: _Request) -> None:
+    def _leave_view(self, request: AcceptedRequest) -> None:
         assert request.view is not None
         request.view.add(
             num_requests=-1,
@@ -372,7 +347,7 @@ class ControlPlane:
         )
         request.num_prefill_tokens = 0
 
-    def _leave_target(self, request: _Request) -> None:
+    def _leave_target(self, request: AcceptedRequest) -> None:
         if request.target is not None:
             request.target.add(num_requests=-1, num_kv_tokens=-request.spec.num_prompt_tokens)
             request.target = None
@@ -393,7 +368,7 @@ class ControlPlane:
             expected = [r for r in self._requests.values() if r.target is view]
             assert view.num_requests == len(owned) + len(expected), f"I3: {view.instance_id} is miscounted"
             assert view.num_prefill_tokens == sum(r.num_prefill_tokens for r in owned)
-        num_queued = sum(r.stage is _Stage.QUEUED for r in self._requests.values())
+        num_queued = sum(r.stage is Stage.QUEUED for r in self._requests.values())
         assert num_queued == len(self._queue), "I3: a request is in no queue, or in two"
 
 

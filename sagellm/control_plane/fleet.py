@@ -1,6 +1,6 @@
 """The instances of a cluster, by what they can be asked, and who of them takes a request."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from sagellm.control_plane.instance_view import InstanceView
 from sagellm.control_plane.prefix_directory import PrefixDirectory, routing_keys
@@ -21,8 +21,8 @@ class Fleet:
     def __init__(self, config: ControlPlaneConfig, rng: Rng) -> None:
         self._config = config
         self.views: dict[InstanceId, InstanceView] = {}
-        self._arrivals_to: Sequence[InstanceView] = ()
-        self.decodes_on: Sequence[InstanceView] = ()
+        self._arrivals_to: list[InstanceView] = []
+        self.decodes_on: list[InstanceView] = []
         self.is_disaggregated = False
         self._arrival_policy = make_routing_policy(config.routing, rng)
         self._decode_policy = make_routing_policy(config.routing, rng)
@@ -52,8 +52,6 @@ class Fleet:
         self.decodes_on = decode or mixed
         self._arrivals_to = prefill + mixed or decode
         self.is_disaggregated = bool(prefill) and bool(self.decodes_on)
-        if not self.decodes_on:
-            self.decodes_on = ()
         # A request must fit where it is prefilled, too: it may have to decode there.
         self.num_slots_max = min(_largest(self._arrivals_to), _largest(self.decodes_on or prefill))
         self._num_slots_min = min((view.num_token_slots for view in views), default=0)
@@ -80,7 +78,7 @@ class Fleet:
     def _choose(
         self,
         policy: RoutingPolicy,
-        views: Sequence[InstanceView],
+        views: list[InstanceView],
         num_tokens: int,
         num_slots: int,
         hits: Mapping[InstanceId, int],
@@ -117,5 +115,5 @@ class Fleet:
         return {instance_id: min(blocks * block_size, limit) for instance_id, blocks in hits.items()}
 
 
-def _largest(views: Sequence[InstanceView]) -> int:
+def _largest(views: list[InstanceView]) -> int:
     return max((view.num_token_slots for view in views), default=0)

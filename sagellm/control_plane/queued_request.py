@@ -1,26 +1,22 @@
 """A request in the control plane's queue, as strategies see it."""
 
-from dataclasses import dataclass
-
 from sagellm.core.identity import RequestId
 from sagellm.core.request import FinishReason, RequestSpec
 
 
-@dataclass(frozen=True, slots=True)
 class QueuedRequest:
     """``num_output_tokens`` were already sent to the client by an instance that is gone."""
 
-    spec: RequestSpec
-    num_output_tokens: int = 0
-    output_token_ids: tuple[int, ...] | None = None
+    __slots__ = ("num_output_tokens", "num_prefill_tokens", "output_token_ids", "request_id", "spec")
 
-    @property
-    def request_id(self) -> RequestId:
-        return self.spec.request_id
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        return self.spec.num_prompt_tokens + self.num_output_tokens
+    def __init__(
+        self, spec: RequestSpec, num_output_tokens: int = 0, output_token_ids: tuple[int, ...] | None = None
+    ) -> None:
+        self.spec = spec
+        self.num_output_tokens = num_output_tokens
+        self.output_token_ids = output_token_ids
+        self.request_id: RequestId = spec.request_id
+        self.num_prefill_tokens: int = spec.num_prompt_tokens + num_output_tokens
 
     @property
     def end_of_output(self) -> FinishReason | None:
@@ -36,9 +32,11 @@ class QueuedRequest:
         return None if ttft_ns is None else self.spec.arrival_ns + ttft_ns
 
 
-@dataclass(frozen=True, slots=True)
 class QueueOutlook:
     """What a strategy may know besides the queue itself."""
 
-    now_ns: int
-    prefill_ns_per_token: float  # lately, from dispatch to first token; 0.0 until there was one
+    __slots__ = ("now_ns", "prefill_ns_per_token")
+
+    def __init__(self, now_ns: int, prefill_ns_per_token: float) -> None:
+        self.now_ns = now_ns
+        self.prefill_ns_per_token = prefill_ns_per_token  # lately, from dispatch to first token; 0.0: none yet

@@ -1,7 +1,6 @@
 """Which instance takes a request. Policies are pure: they read views and say who."""
 
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Mapping
 from typing import Protocol
 
 from sagellm.control_plane.instance_view import InstanceView
@@ -10,8 +9,6 @@ from sagellm.core.randomness import Rng
 
 ROUTING_NAMES = ("round_robin", "least_loaded", "power_of_two", "prefix_affinity")
 
-_LOAD = attrgetter("load")
-
 
 class RoutingPolicy(Protocol):
     """Chooses among candidates; there is always at least one, and their order never changes."""
@@ -19,7 +16,7 @@ class RoutingPolicy(Protocol):
     needs_prefix_hits: bool
 
     def choose(
-        self, candidates: Sequence[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
+        self, candidates: list[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
     ) -> InstanceView:
         """``num_tokens`` are to be prefilled; ``hit_tokens`` of them are probably cached, by instance."""
 
@@ -33,7 +30,7 @@ class RoundRobin:
         self._next = 0
 
     def choose(
-        self, candidates: Sequence[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
+        self, candidates: list[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
     ) -> InstanceView:
         view = candidates[self._next % len(candidates)]
         self._next += 1
@@ -46,9 +43,9 @@ class LeastLoaded:
     needs_prefix_hits = False
 
     def choose(
-        self, candidates: Sequence[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
+        self, candidates: list[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
     ) -> InstanceView:
-        return min(candidates, key=_LOAD)
+        return _least_loaded(candidates)
 
 
 class PowerOfTwo:
@@ -60,14 +57,14 @@ class PowerOfTwo:
         self._rng = rng
 
     def choose(
-        self, candidates: Sequence[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
+        self, candidates: list[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
     ) -> InstanceView:
         if len(candidates) == 1:
             return candidates[0]
         first = self._rng.randrange(len(candidates))
         second = self._rng.randrange(len(candidates) - 1)
         second += second >= first
-        return min(candidates[min(first, second)], candidates[max(first, second)], key=_LOAD)
+        return _least_loaded([candidates[min(first, second)], candidates[max(first, second)]])
 
 
 class PrefixAffinity:
@@ -80,14 +77,23 @@ class PrefixAffinity:
     needs_prefix_hits = True
 
     def choose(
-        self, candidates: Sequence[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
+        self, candidates: list[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
     ) -> InstanceView:
         if not hit_tokens:
-            return min(candidates, key=_LOAD)
+            return _least_loaded(candidates)
         return min(
             candidates,
             key=lambda view: view.load - hit_tokens.get(view.instance_id, 0) / view.max_num_batched_tokens,
         )
+
+
+def _least_loaded(candidates: list[InstanceView]) -> InstanceView:
+    """The first of equals."""
+    least = candidates[0]
+    for view in candidates:
+        if view.load < least.load:
+            least = view
+    return least
 
 
 def make_routing_policy(name: str, rng: Rng) -> RoutingPolicy:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import chain
-from struct import pack
 from typing import Any
 
 import numpy as np
@@ -51,7 +49,7 @@ class _Integers:
 
     def settle(self) -> array[int]:
         """Move what is pending over to the array, at C speed, and give it."""
-        self.settled.frombytes(pack(f"{len(self.pending)}q", *self.pending))
+        self.settled.frombytes(_int64s(self.pending).tobytes())
         self.pending.clear()
         return self.settled
 
@@ -62,52 +60,71 @@ class _Gaps:
     Emissions are kept as they come and turned into gaps many at a time, at C speed.
     """
 
-    __slots__ = ("count", "gap_ns", "num_pending", "pending")
+    __slots__ = ("_emissions_ns", "_last_ns", "_num_ends", "_num_first", "_num_pending", "_num_requests", "count",
+                 "gap_ns")  # fmt: skip
 
     def __init__(self) -> None:
-        # (time of the token before the first, times of the tokens, requests that have the first gap, requests)
-        self.pending: list[tuple[int, tuple[int, ...], int, int]] = []
-        self.num_pending = 0
+        self._emissions_ns: list[tuple[int, ...]] = []  # times of the tokens
+        self._last_ns: list[int] = []  # of each: time of the token before the first
+        self._num_ends: list[int] = []
+        self._num_first: list[int] = []  # requests that have the first gap
+        self._num_requests: list[int] = []  # that have the other gaps
+        self._num_pending = 0
         self.gap_ns: array[int] = array("q")
         self.count: array[int] = array("q")
 
     def add(self, last_ns: int, ends_ns: tuple[int, ...], num_first: int, num_requests: int) -> None:
-        self.pending.append((last_ns, ends_ns, num_first, num_requests))
-        self.num_pending += len(ends_ns)
-        if self.num_pending > _PENDING_MAX:
+        num_ends = len(ends_ns)
+        self._emissions_ns.append(ends_ns)
+        self._last_ns.append(last_ns)
+        self._num_ends.append(num_ends)
+        self._num_first.append(num_first)
+        self._num_requests.append(num_requests)
+        self._num_pending += num_ends
+        if self._num_pending > _PENDING_MAX:
             self.settle()
 
     def settle(self) -> None:
         """Work out the gaps of what is pending."""
-        pending = self.pending
-        if not pending:
+        if not self._num_pending:
             return
-        lengths = np.array([len(ends_ns) for _, ends_ns, _, _ in pending])
+        lengths = _int64s(self._num_ends)
         firsts = np.cumsum(lengths) - lengths
-        flat = list(chain.from_iterable([each[1] for each in pending]))
-        # Packing is the quickest way from Python's integers to eight bytes each.
-        ends = np.frombuffer(pack(f"{len(flat)}q", *flat), np.int64)
+        ends = np.fromiter(chain.from_iterable(self._emissions_ns), np.int64, self._num_pending)
         before = np.empty_like(ends)
         before[1:] = ends[:-1]
-        before[firsts] = [each[0] for each in pending]
-        counts = np.repeat(np.array([each[3] for each in pending], np.int64), lengths)
-        counts[firsts] = [each[2] for each in pending]
+        before[firsts] = _int64s(self._last_ns)
+        counts = np.repeat(_int64s(self._num_requests), lengths)
+        counts[firsts] = _int64s(self._num_first)
         is_seen = counts > 0
         self.gap_ns.frombytes((ends - before)[is_seen].tobytes())
         self.count.frombytes(counts[is_seen].tobytes())
-        pending.clear()
-        self.num_pending = 0
+        for pending in (self._last_ns, self._num_ends, self._num_first, self._num_requests):
+            pending.clear()
+        self._emissions_ns.clear()
+        self._num_pending = 0
 
 
-@dataclass(slots=True)
-class _Lockstep:
-    """The requests that got their last token from the instance's latest emission."""
+def _int64s(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.fromiter(values, np.int64, len(values))
 
-    request_ids: tuple[RequestId, ...] = ()
-    members: frozenset[RequestId] = field(default=frozenset())
-    last_ns: int = 0
-    num_tokens: int = 0  # that a member got which was there from the start
-    joined_at: dict[RequestId, int] = field(default_factory=dict)  # num_tokens when the member came
+
+class _InstanceFold:
+    """What the log has told of one instance.
+
+    Its latest emission gave a token to each of ``request_ids``: they are in lockstep.
+    """
+
+    __slots__ = ("joined_at", "last_ns", "launches", "num_progressed", "num_tokens", "request_ids", "returns")
+
+    def __init__(self) -> None:
+        self.launches = _Integers()  # a row of `_LAUNCH_COLUMNS` for each step
+        self.returns = _Integers()  # end and repetitions of each step
+        self.num_progressed = 0  # repetitions that the step in flight told of
+        self.request_ids: tuple[RequestId, ...] = ()
+        self.last_ns = 0
+        self.num_tokens = 0  # that a request in lockstep got which was there from the start
+        self.joined_at: dict[RequestId, int] = {}  # num_tokens when each of those in lockstep came
 
 
 class MetricsFold:
@@ -115,24 +132,23 @@ class MetricsFold:
 
     def __init__(self) -> None:
         self.metrics = RunMetrics()
-        self._lockstep: dict[InstanceId, _Lockstep] = {}
+        self._instances: dict[InstanceId, _InstanceFold] = {}
         self._transfers: dict[TransferId, TransferRecord] = {}
-        self._launches: dict[InstanceId, _Integers] = {}  # a row of `_LAUNCH_COLUMNS` for each step
-        self._returns: dict[InstanceId, _Integers] = {}  # end and repetitions of each step
         self._gaps = _Gaps()
-        self._num_progressed: dict[InstanceId, int] = {}  # repetitions that the step in flight told of
         self._queued: dict[RequestId, None] = {}
+        self._queue_time_ns = _Integers()
+        self._queue_depth = _Integers()
         # What `observe` calls for each kind of record; kinds that are not in it do not matter here.
-        self.handlers: dict[type, Callable[[int, Any], None]] = {
-            RequestArrived: self._arrived,
-            AssignRequest: self._assigned,
+        self._handlers: dict[type, Callable[[int, Any], None]] = {
+            RequestArrived: self.arrived,
+            AssignRequest: self.assigned,
             RejectRequest: self._rejected,
-            RunStep: self._step_launched,
-            StepProgressed: self._step_progressed,
-            StepFinished: self._step_finished,
+            RunStep: self.step_launched,
+            StepProgressed: self.step_progressed,
+            StepFinished: self.step_finished,
             StepFailed: self._step_failed,
-            EmitTokens: self._emitted,
-            RequestFinished: self._finished,
+            EmitTokens: self.emitted,
+            RequestFinished: self.finished,
             TransferKV: self._transfer_started,
             KVTransferred: self._transfer_ended,
             KVTransferFailed: self._transfer_failed,
@@ -143,34 +159,34 @@ class MetricsFold:
 
         A message is observed once, as the effect of its sender.
         """
-        handler = self.handlers.get(type(record))
+        handler = self._handlers.get(type(record))
         if handler is not None:
             handler(now_ns, record)
 
-    def _arrived(self, now_ns: int, event: RequestArrived) -> None:
+    def arrived(self, now_ns: int, event: RequestArrived) -> None:
         request = event.request
         self.metrics.requests[request.request_id] = RequestRecord(request)
         self._queued[request.request_id] = None
         self._note_queue_depth(now_ns)
 
-    def _assigned(self, now_ns: int, effect: AssignRequest) -> None:
+    def assigned(self, now_ns: int, effect: AssignRequest) -> None:
         self._queued.pop(effect.request.request_id, None)
         self._note_queue_depth(now_ns)
 
     def _note_queue_depth(self, now_ns: int) -> None:
-        metrics = self.metrics
-        if metrics.queue_time_ns and metrics.queue_time_ns[-1] == now_ns:
-            metrics.queue_depth[-1] = len(self._queued)
+        times_ns, depths = self._queue_time_ns.pending, self._queue_depth.pending
+        if times_ns and times_ns[-1] == now_ns:
+            depths[-1] = len(self._queued)
         else:
-            metrics.queue_time_ns.append(now_ns)
-            metrics.queue_depth.append(len(self._queued))
+            times_ns.append(now_ns)
+            depths.append(len(self._queued))
 
     def _rejected(self, now_ns: int, effect: RejectRequest) -> None:
         self.metrics.requests[effect.request_id].reject_reason = effect.reason
         if self._queued.pop(effect.request_id, 0) is None:
             self._note_queue_depth(now_ns)
 
-    def _step_launched(self, now_ns: int, effect: RunStep) -> None:
+    def step_launched(self, now_ns: int, effect: RunStep) -> None:
         metrics, plan = self.metrics, effect.plan
         num_prefill_tokens = 0
         for chunk in plan.chunks:
@@ -183,11 +199,7 @@ class MetricsFold:
                 metrics.num_prompt_tokens_queried += record.request.num_prompt_tokens
                 metrics.num_prompt_tokens_hit += chunk.num_computed_tokens
         metrics.num_preemptions += len(plan.preempted_request_ids)
-        rows = self._launches.get(effect.instance_id)
-        if rows is None:
-            rows = self._launches[effect.instance_id] = _Integers()
-            self._returns[effect.instance_id] = _Integers()
-        rows.pending.extend(
+        self._instance(effect.instance_id).launches.pending.extend(
             (
                 now_ns,
                 effect.num_running,
@@ -198,88 +210,105 @@ class MetricsFold:
             )
         )
 
-    def _step_progressed(self, now_ns: int, event: StepProgressed) -> None:
-        self.metrics.num_steps += len(event.ends_ns)
-        self._num_progressed[event.instance_id] = len(event.ends_ns)
+    def _instance(self, instance_id: InstanceId) -> _InstanceFold:
+        instance = self._instances.get(instance_id)
+        if instance is None:
+            instance = self._instances[instance_id] = _InstanceFold()
+        return instance
 
-    def _step_finished(self, now_ns: int, event: StepFinished) -> None:
+    def step_progressed(self, now_ns: int, event: StepProgressed) -> None:
         num_ends = len(event.ends_ns)
         self.metrics.num_steps += num_ends
-        num_repeats = num_ends + self._num_progressed.pop(event.instance_id, 0)
-        self._returns[event.instance_id].pending.extend((event.ends_ns[-1], num_repeats))
+        self._instance(event.instance_id).num_progressed = num_ends
+
+    def step_finished(self, now_ns: int, event: StepFinished) -> None:
+        ends_ns = event.ends_ns
+        self.metrics.num_steps += len(ends_ns)
+        instance = self._instance(event.instance_id)
+        instance.returns.pending.append(ends_ns[-1])
+        instance.returns.pending.append(len(ends_ns) + instance.num_progressed)
+        instance.num_progressed = 0
 
     def _step_failed(self, now_ns: int, event: StepFailed) -> None:
-        self._returns[event.instance_id].pending.extend((now_ns, self._num_progressed.pop(event.instance_id, 0)))
+        instance = self._instance(event.instance_id)
+        instance.returns.pending.extend((now_ns, instance.num_progressed))
+        instance.num_progressed = 0
 
     def result(self) -> RunMetrics:
         """The metrics so far, with the timelines in columns."""
         self._gaps.settle()
         self.metrics.itl_ns, self.metrics.itl_count = self._gaps.gap_ns, self._gaps.count
-        for instance_id, launches in self._launches.items():
-            rows, ends = launches.settle(), self._returns[instance_id].settle()
+        self.metrics.queue_time_ns, self.metrics.queue_depth = self._queue_time_ns.settle(), self._queue_depth.settle()
+        for instance_id, instance in self._instances.items():
+            rows, ends = instance.launches.settle(), instance.returns.settle()
+            if not rows:
+                continue
             launched = (rows[i::_LAUNCH_COLUMNS] for i in range(_LAUNCH_COLUMNS))
             returned = (ends[i::_RETURN_COLUMNS] for i in range(_RETURN_COLUMNS))
             self.metrics.timelines[instance_id] = InstanceTimeline(*launched, *returned)
         return self.metrics
 
-    def _emitted(self, now_ns: int, effect: EmitTokens) -> None:
-        lockstep = self._lockstep.get(effect.instance_id)
-        if lockstep is None:
-            lockstep = self._lockstep[effect.instance_id] = _Lockstep()
-        ends_ns, request_ids = effect.ends_ns, effect.request_ids
+    def emitted(self, now_ns: int, effect: EmitTokens) -> None:
+        instance_id, request_ids, ends_ns = effect.instance_id, effect.request_ids, effect.ends_ns
+        instance = self._instance(instance_id)
         num_in_lockstep = len(request_ids)
-        if request_ids is not lockstep.request_ids:
-            num_in_lockstep -= self._change_lockstep(lockstep, effect)
-        self._gaps.add(lockstep.last_ns, ends_ns, num_in_lockstep, len(request_ids))
-        lockstep.last_ns = ends_ns[-1]
-        lockstep.num_tokens += len(ends_ns)
+        if request_ids is not instance.request_ids:
+            num_in_lockstep -= self._change_lockstep(instance, instance_id, request_ids, ends_ns[0])
+        self._gaps.add(instance.last_ns, ends_ns, num_in_lockstep, len(request_ids))
+        instance.last_ns = ends_ns[-1]
+        instance.num_tokens += len(ends_ns)
 
-    def _change_lockstep(self, lockstep: _Lockstep, effect: EmitTokens) -> int:
+    def _change_lockstep(
+        self, instance: _InstanceFold, instance_id: InstanceId, request_ids: tuple[RequestId, ...], first_ns: int
+    ) -> int:
         """Settle who came and who went; how many came."""
-        metrics, members = self.metrics, frozenset(effect.request_ids)
-        for request_id in lockstep.request_ids:
-            if request_id not in members:
-                record = metrics.requests[request_id]
-                if record.decode_instance == effect.instance_id:
-                    record.last_token_ns = lockstep.last_ns
-                num_emitted = lockstep.num_tokens - lockstep.joined_at.pop(request_id)
-                if record.finish_reason is None:
-                    record.num_output_tokens += num_emitted
-        num_joined = 0
-        first_ns = effect.ends_ns[0]
-        for request_id in effect.request_ids:
-            if request_id in lockstep.members:
-                continue
-            num_joined += 1
-            lockstep.joined_at[request_id] = lockstep.num_tokens
-            record = metrics.requests[request_id]
+        # Who stays keeps its place before those who come. A request out of that order goes and comes again,
+        # which is the same for its times.
+        num_staying, num_new = 0, len(request_ids)
+        for request_id in instance.request_ids:
+            if num_staying < num_new and request_ids[num_staying] == request_id:
+                num_staying += 1
+            else:
+                self._leave_lockstep(instance, instance_id, request_id)
+        for index in range(num_staying, num_new):
+            request_id = request_ids[index]
+            record = self.metrics.requests[request_id]
             if record.first_token_ns is None:
                 record.first_token_ns = first_ns
             else:
                 self._gaps.add(self._last_token_ns(request_id, record), (first_ns,), 1, 1)
-            record.decode_instance = effect.instance_id
-        lockstep.request_ids, lockstep.members = effect.request_ids, members
-        return num_joined
+            record.decode_instance = instance_id
+            instance.joined_at[request_id] = instance.num_tokens
+        instance.request_ids = request_ids
+        return num_new - num_staying
+
+    def _leave_lockstep(self, instance: _InstanceFold, instance_id: InstanceId, request_id: RequestId) -> None:
+        record = self.metrics.requests[request_id]
+        if record.decode_instance == instance_id:
+            record.last_token_ns = instance.last_ns
+        num_emitted = instance.num_tokens - instance.joined_at.pop(request_id)
+        if record.finish_reason is None:
+            record.num_output_tokens += num_emitted
 
     def num_emitted(self, request_id: RequestId) -> int:
         """Output tokens of an unfinished request that have gone to its client."""
-        record = self.metrics.requests[request_id]
-        num_emitted = record.num_output_tokens
-        for lockstep in self._lockstep.values():
-            if request_id in lockstep.members:
-                num_emitted += lockstep.num_tokens - lockstep.joined_at[request_id]
+        num_emitted = self.metrics.requests[request_id].num_output_tokens
+        for instance in self._instances.values():
+            joined_at = instance.joined_at.get(request_id)
+            if joined_at is not None:
+                num_emitted += instance.num_tokens - joined_at
         return num_emitted
 
     def _last_token_ns(self, request_id: RequestId, record: RequestRecord) -> int:
         """When a request that has tokens got its last one."""
         assert record.decode_instance is not None
-        former = self._lockstep[record.decode_instance]
-        if request_id in former.members:
+        former = self._instances[record.decode_instance]
+        if request_id in former.joined_at:
             return former.last_ns
         assert record.last_token_ns is not None
         return record.last_token_ns
 
-    def _finished(self, now_ns: int, effect: RequestFinished) -> None:
+    def finished(self, now_ns: int, effect: RequestFinished) -> None:
         record = self.metrics.requests[effect.request_id]
         record.finish_reason = effect.reason
         record.num_output_tokens = effect.num_output_tokens

@@ -9,20 +9,46 @@ from sagellm.core.identity import InstanceId, RequestId
 from sagellm.core.request import FinishReason, RequestSpec
 
 
-@dataclass(slots=True)
 class RequestRecord:
     """One request's life, from the log. Times are those of the run's clock, in nanoseconds."""
 
-    request: RequestSpec
-    num_output_tokens: int = 0
-    num_cached_tokens: int = 0  # prompt tokens taken from a prefix cache
-    first_scheduled_ns: int | None = None
-    first_token_ns: int | None = None
-    last_token_ns: int | None = None
-    prefill_instance: InstanceId | None = None
-    decode_instance: InstanceId | None = None
-    finish_reason: FinishReason | None = None
-    reject_reason: str | None = None
+    __slots__ = (
+        "decode_instance",
+        "finish_reason",
+        "first_scheduled_ns",
+        "first_token_ns",
+        "last_token_ns",
+        "num_cached_tokens",
+        "num_output_tokens",
+        "prefill_instance",
+        "reject_reason",
+        "request",
+    )
+
+    def __init__(
+        self,
+        request: RequestSpec,
+        *,
+        num_output_tokens: int = 0,
+        num_cached_tokens: int = 0,
+        first_scheduled_ns: int | None = None,
+        first_token_ns: int | None = None,
+        last_token_ns: int | None = None,
+        prefill_instance: InstanceId | None = None,
+        decode_instance: InstanceId | None = None,
+        finish_reason: FinishReason | None = None,
+        reject_reason: str | None = None,
+    ) -> None:
+        self.request = request
+        self.num_output_tokens = num_output_tokens
+        self.num_cached_tokens = num_cached_tokens  # prompt tokens taken from a prefix cache
+        self.first_scheduled_ns = first_scheduled_ns
+        self.first_token_ns = first_token_ns
+        self.last_token_ns = last_token_ns
+        self.prefill_instance = prefill_instance
+        self.decode_instance = decode_instance
+        self.finish_reason = finish_reason
+        self.reject_reason = reject_reason
 
     @property
     def ttft_ns(self) -> int | None:

@@ -59,20 +59,20 @@ class TabulatedStepCost:
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         """The price of one step and of its repetitions. Mixed steps are never repeated."""
-        num_decode_seqs, num_context_tokens, chunks = features
-        if chunks:
+        if features.chunks:
             return self._mixed_cost(features)
+        num_decode_seqs = features.num_decode_seqs
         prices = self._decode_by_num_seqs.get(num_decode_seqs)
         if prices is None:
             prices = self._decode_by_num_seqs[num_decode_seqs] = decode_prices(self.table, num_decode_seqs)
         base_fs, context_fs, growth_fs, host_fs = prices
-        return StepCost(base_fs + context_fs * num_context_tokens, growth_fs, host_fs)
+        return StepCost(base_fs + context_fs * features.num_decode_context_tokens, growth_fs, host_fs)
 
     def _mixed_cost(self, features: StepFeatures) -> StepCost:
-        table = self.table
-        num_tokens = features.num_decode_seqs
+        table, chunks = self.table, features.chunks
+        num_tokens = num_decode_seqs = features.num_decode_seqs
         attention_fs = table.mixed_context_fs * features.num_decode_context_tokens
-        for num_chunk_tokens, num_computed_tokens in features.chunks:
+        for num_chunk_tokens, num_computed_tokens in chunks:
             num_tokens += num_chunk_tokens
             attention_fs += chunk_attention_fs(table, num_chunk_tokens, num_computed_tokens)
         base_fs = self._mixed_by_num_tokens.get(num_tokens)
@@ -80,7 +80,7 @@ class TabulatedStepCost:
             padded = padded_size(table.graph_sizes, num_tokens)
             base_fs = interpolated(table.mixed_num_tokens, table.mixed_base_fs, padded)
             self._mixed_by_num_tokens[num_tokens] = base_fs
-        num_seqs = features.num_decode_seqs + len(features.chunks)
+        num_seqs = num_decode_seqs + len(chunks)
         device_fs = max(table.mixed_floor_fs, base_fs + attention_fs + table.mixed_seq_fs * num_seqs)
         host_fs = table.host_base_fs + table.host_seq_fs * num_seqs
         return StepCost(device_fs, 0, host_fs, linear_repeat_max=1)

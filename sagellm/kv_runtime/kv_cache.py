@@ -113,24 +113,17 @@ class KVCache:
 
     # --- life of a request --------------------------------------------------------------------------
 
-    def grow(self, blocks: RequestBlocks, count: int) -> list[BlockId]:
+    def grow(self, blocks: RequestBlocks, count: int) -> tuple[BlockId, ...]:
         """Append ``count`` blocks to a table, evicting cached ones as needed; the new blocks."""
         assert not blocks.released, "I11 no use after free: grow after release"
-        if count == 1 and self._free_ids:
-            block_id = self._free_ids.pop()
+        free_ids = self._free_ids
+        if count == 1 and free_ids:  # which is what nearly every call asks for
+            block_id = free_ids.pop()
             blocks.block_ids.append(block_id)
-            return [block_id]
+            return (block_id,)
         new_ids = self._take(count)
         blocks.block_ids += new_ids
-        return new_ids
-
-    def grow_one(self, blocks: RequestBlocks) -> BlockId:
-        """``grow`` by one block, which is what nearly every call asks for."""
-        if self._free_ids:
-            block_id = self._free_ids.pop()
-            blocks.block_ids.append(block_id)
-            return block_id
-        return self.grow(blocks, 1)[0]
+        return tuple(new_ids)
 
     def publish(self, request: RequestSpec, blocks: RequestBlocks, num_computed_tokens: int) -> None:
         """Let other requests use the full blocks of the prompt, as far as they have been computed."""

@@ -36,14 +36,13 @@ from sagellm.core.plan import StepPlan, TokenChunk
 from sagellm.core.request import FinishReason
 from sagellm.runtime.kv_receiver import KVReceiver
 from sagellm.runtime.kv_sender import KVSender, release_of
-from sagellm.runtime.local_request import LocalRequest, RequestState
+from sagellm.runtime.local_request import IN_STEPS, LocalRequest, RequestState
 from sagellm.runtime.output_tokens import take_tokens, without
 from sagellm.runtime.scheduler.step_scheduler import StepScheduler
 from sagellm.runtime.steps_in_flight import Return, StepInFlight, StepsInFlight
 
-_DeferredEvent = (
-    AssignRequest | ReserveKV | AbortRequest | ReleaseKV | SourceLost | DecodeHere | HandoverFinished | KVReserved
-)
+_ChangeOfPlan = ReserveKV | AbortRequest | ReleaseKV | SourceLost | DecodeHere | HandoverFinished | KVReserved
+_DeferredEvent = AssignRequest | _ChangeOfPlan
 _HandoverEvent = KVReserved | KVTransferred | KVTransferFailed
 
 
@@ -69,17 +68,18 @@ class Instance:
         """Record what happened. Decides nothing."""
         assert now_ns >= self._now_ns, f"time ran backwards: {now_ns} after {self._now_ns}"
         self._now_ns = now_ns
-        match event:
-            case StepFinished():
-                self._steps.came_back(event, closes=True)
-            case StepProgressed():
-                self._steps.came_back(event, closes=False)
-            case StepFailed():
-                self._steps.failed_to_come_back(event)
-            case KVReserved() | KVTransferred() | KVTransferFailed():
-                self._handover_inbox.append(event)
-            case _:
-                self._inbox.append(event)
+        if type(event) is StepFinished:
+            self._steps.finished(event)
+        elif type(event) is StepProgressed:
+            self._steps.progressed(event)
+        elif type(event) is AssignRequest:
+            self._inbox.append(event)
+        elif isinstance(event, StepFailed):
+            self._steps.failed_to_come_back(event)
+        elif isinstance(event, KVReserved | KVTransferred | KVTransferFailed):
+            self._handover_inbox.append(event)
+        else:
+            self._inbox.append(event)
 
     def poll(self, now_ns: int) -> tuple[InstanceEffect, ...]:
         """Decide. To be called once per drained instant in which something was handled, or at the deadline."""
@@ -116,12 +116,7 @@ class Instance:
         Those that were in the failed step count it, and are given up after too many.
         """
         in_failed_step = failed.plan.num_tokens_by_request()
-        running = [
-            request
-            for request in self._requests.values()
-            if request.state
-            in (RequestState.PREFILLING, RequestState.DECODING, RequestState.DRAINING, RequestState.PREFILLED)
-        ]
+        running = [request for request in self._requests.values() if request.state in IN_STEPS]
         for request in sorted(running, key=lambda request: -request.sequence):
             assert request.blocks is not None
             if request.num_transfers and self._sender.hold(request, request.blocks):
@@ -136,7 +131,7 @@ class Instance:
     def _give_out(self, returned: Return, effects: list[InstanceEffect]) -> None:
         """Tokens to clients, and what their coming back means for the requests of the step."""
         step, token_ids = returned.step, returned.token_ids
-        request_ids = step.plan.sampled_request_ids
+        request_ids = step.sampled_request_ids
         for request_id in returned.invalid_request_ids:
             if not step.muted or request_id not in step.muted:
                 self._end(self._requests[request_id], FinishReason.ERROR, effects, keep_output=False)
@@ -148,7 +143,7 @@ class Instance:
             token_ids, stopped = take_tokens(self._requests, request_ids, token_ids)
         if request_ids:
             effects.append(EmitTokens(self.config.instance_id, step.step_id, request_ids, returned.ends_ns, token_ids))
-        for chunk in step.plan.chunks:
+        for chunk in step.chunks:
             if not step.muted or chunk.request_id not in step.muted:
                 self._chunk_returned(self._requests[chunk.request_id], chunk, effects)
         for request in stopped:
@@ -227,11 +222,12 @@ class Instance:
         if self._inbox:
             inbox, self._inbox = self._inbox, []
             for event in inbox:
-                self._take_in(event, effects)
-        if self._sender.released:
-            for blocks in self._sender.released:
-                scheduler.free_blocks(blocks, self._steps.done_clock)
-            self._sender.released.clear()
+                if type(event) is AssignRequest:
+                    self._assign(event)
+                else:
+                    self._take_in(event, effects)
+        while self._sender.released:
+            scheduler.free_blocks(self._sender.released.pop(0), self._steps.done_clock)
         scheduler.free_deferred(self._steps.done_clock)
         if self._steps.is_void:
             return False
@@ -275,10 +271,8 @@ class Instance:
             num_blocks_in_use=scheduler.kv.num_in_use,
         )
 
-    def _take_in(self, event: _DeferredEvent, effects: list[InstanceEffect]) -> None:
+    def _take_in(self, event: _ChangeOfPlan, effects: list[InstanceEffect]) -> None:
         match event:
-            case AssignRequest():
-                self._assign(event)
             case AbortRequest(request_id=request_id, reason=reason):
                 if request_id in self._requests:
                     self._end(self._requests[request_id], reason, effects, keep_output=False)
@@ -326,13 +320,8 @@ class Instance:
         has_reservation = self._sender.has_reservation
         if not any(has_reservation(request.request_id) for request in self._scheduler.waiting):
             return False
-        kept = [
-            request
-            for request in self._requests.values()
-            if request.state is RequestState.HANDING_OVER
-            and request.hand_over
-            and not has_reservation(request.request_id)
-        ]
+        waiting = [request for request in self._requests.values() if request.waits_for_hand_over]
+        kept = [request for request in waiting if not has_reservation(request.request_id)]
         for request in kept:
             self._decode_here(request)
         self._scheduler.admit_staying()

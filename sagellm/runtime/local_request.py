@@ -22,6 +22,9 @@ class RequestState(StrEnum):
     ENDED = "ended"
 
 
+IN_STEPS = (RequestState.PREFILLING, RequestState.DECODING, RequestState.DRAINING, RequestState.PREFILLED)
+"""What a request can be while steps in flight work on it."""
+
 REQUEST_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     RequestState.WAITING: frozenset({RequestState.PREFILLING, RequestState.ENDED}),
     RequestState.PREFILLING: frozenset(
@@ -89,6 +92,11 @@ class LocalRequest:
         self.base_output = 0
         self.join_clock = 0
         self.finish_clock = 0
+
+    @property
+    def waits_for_hand_over(self) -> bool:
+        """True where it is prefilled and its KV has yet to leave."""
+        return self.state is RequestState.HANDING_OVER and self.hand_over
 
     def move(self, state: RequestState) -> None:
         """The one funnel for a change of state."""

@@ -4,27 +4,31 @@ Two clocks count executions of steps: the scheduler's ``planned_clock`` those th
 device, ``done_clock`` here those that came back. Between polls they differ by what is in flight.
 """
 
-from collections import deque
-from dataclasses import dataclass
-
 from sagellm.core.identity import RequestId, StepId
 from sagellm.core.messages import StepFailed, StepFinished, StepProgressed
-from sagellm.core.plan import StepPlan
+from sagellm.core.plan import StepPlan, TokenChunk
 from sagellm.runtime.output_tokens import TokenIds
 from sagellm.runtime.scheduler.step_scheduler import StepScheduler
 
 
-@dataclass(slots=True)
 class StepInFlight:
     """A step from its launch to its end."""
 
-    step_id: StepId
-    plan: StepPlan
-    num_committed: int = 1  # executions that the device has run or is about to
-    num_returned: int = 0
-    repeats: bool = False  # more executions may be committed
-    void: bool = False  # an earlier step failed, so what this one gives means nothing
-    muted: dict[RequestId, None] | None = None  # requests that left since the step was planned
+    __slots__ = ("chunks", "muted", "num_committed", "num_returned", "plan", "repeats", "sampled_request_ids",
+                 "step_id", "void")  # fmt: skip
+
+    def __init__(self, step_id: StepId, plan: StepPlan, *, repeats: bool) -> None:
+        self.step_id = step_id
+        self.plan = plan
+        self.chunks: tuple[TokenChunk, ...] = plan.chunks
+        self.sampled_request_ids: tuple[RequestId, ...] = plan.decode_request_ids
+        if self.chunks:
+            self.sampled_request_ids += tuple([chunk.request_id for chunk in self.chunks if chunk.samples])
+        self.num_committed = 1  # executions that the device has run or is about to
+        self.num_returned = 0
+        self.repeats = repeats  # more executions may be committed
+        self.void = False  # an earlier step failed, so what this one gives means nothing
+        self.muted: dict[RequestId, None] | None = None  # requests that left since the step was planned
 
     def mute(self, request_id: RequestId) -> None:
         """The step no longer speaks for the request."""
@@ -33,15 +37,24 @@ class StepInFlight:
         self.muted[request_id] = None
 
 
-@dataclass(slots=True)
 class Return:
     """Executions of a step that came back, with the clock as of then."""
 
-    step: StepInFlight
-    ends_ns: tuple[int, ...]
-    token_ids: TokenIds
-    done_clock: int
-    invalid_request_ids: tuple[RequestId, ...] = ()
+    __slots__ = ("done_clock", "ends_ns", "invalid_request_ids", "step", "token_ids")
+
+    def __init__(
+        self,
+        step: StepInFlight,
+        ends_ns: tuple[int, ...],
+        token_ids: TokenIds,
+        done_clock: int,
+        invalid_request_ids: tuple[RequestId, ...],
+    ) -> None:
+        self.step = step
+        self.ends_ns = ends_ns
+        self.token_ids = token_ids
+        self.done_clock = done_clock
+        self.invalid_request_ids = invalid_request_ids
 
 
 class StepsInFlight:
@@ -50,7 +63,7 @@ class StepsInFlight:
     def __init__(self, scheduler: StepScheduler, steps_in_flight_max: int) -> None:
         self._scheduler = scheduler
         self._num_max = steps_in_flight_max
-        self._steps: deque[StepInFlight] = deque()
+        self._steps: list[StepInFlight] = []  # two at most
         self._next_step = 0
         self.done_clock = 0
         self.returned: list[Return] = []
@@ -82,11 +95,20 @@ class StepsInFlight:
         for step in [*self._steps, *(returned.step for returned in self.returned)]:
             step.mute(request_id)
 
-    def came_back(self, event: StepFinished | StepProgressed, *, closes: bool) -> None:
-        """Executions ended; unless the step closes, exactly one more is under way."""
-        step = self._steps[0]
+    def finished(self, event: StepFinished) -> None:
+        """The step is over."""
+        self._came_back(event, event.invalid_request_ids, closes=True)
+
+    def progressed(self, event: StepProgressed) -> None:
+        """Executions of the step ended; exactly one more is under way."""
+        self._came_back(event, (), closes=False)
+
+    def _came_back(
+        self, event: StepFinished | StepProgressed, invalid_request_ids: tuple[RequestId, ...], *, closes: bool
+    ) -> None:
+        step, ends_ns = self._steps[0], event.ends_ns
         assert step.step_id == event.step_id, f"step {event.step_id} came back before step {step.step_id}"
-        num_ends = len(event.ends_ns)
+        num_ends = len(ends_ns)
         step.num_returned += num_ends
         step.repeats = False
         num_committed = step.num_returned if closes else step.num_returned + 1
@@ -95,14 +117,13 @@ class StepsInFlight:
             step.num_committed = num_committed
         self.done_clock += num_ends
         if closes:
-            self._steps.popleft()
+            self._steps.pop(0)
         if num_ends and not step.void:
-            invalid_ids = event.invalid_request_ids if isinstance(event, StepFinished) else ()
-            self.returned.append(Return(step, event.ends_ns, event.token_ids, self.done_clock, invalid_ids))
+            self.returned.append(Return(step, ends_ns, event.token_ids, self.done_clock, invalid_request_ids))
 
     def failed_to_come_back(self, event: StepFailed) -> None:
         """A step gave nothing, and so all that were planned on top of it mean nothing."""
-        step = self._steps.popleft()
+        step = self._steps.pop(0)
         assert step.step_id == event.step_id, f"step {event.step_id} failed before step {step.step_id} was back"
         if not step.void:
             self.failed.append((step, self.done_clock))

@@ -1,5 +1,7 @@
 """KVCache: any legal order of calls keeps every block with exactly its owners and its content."""
 
+from collections.abc import Sequence
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
@@ -66,7 +68,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         self.written: dict[BlockId, Content | None] = {}
         self.published: dict[tuple[int, Content], BlockId] = {}
 
-    def hand_out(self, block_ids: list[BlockId]) -> None:
+    def hand_out(self, block_ids: Sequence[BlockId]) -> None:
         """The cache gave these blocks to somebody: nobody may have them, and what they held is gone."""
         in_tables = {block_id for other in self.held for block_id in other.blocks.block_ids}
         assert in_tables.isdisjoint(block_ids)
@@ -122,7 +124,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         num_before = len(entry.blocks.block_ids)
         new_ids = self.cache.grow(entry.blocks, count)
         assert len(new_ids) == count
-        assert entry.blocks.block_ids[num_before:] == new_ids
+        assert tuple(entry.blocks.block_ids[num_before:]) == new_ids
         table = entry.blocks.block_ids
         del table[num_before:]  # for the model's check, these blocks are not in any table yet
         self.hand_out(new_ids)

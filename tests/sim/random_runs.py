@@ -31,10 +31,10 @@ from sagellm.core.request import FinishReason, LatencySLO
 from sagellm.core.run_metrics import RequestRecord
 from sagellm.cost_model.link import Link
 from sagellm.cost_model.step_cost import StepCost, StepFeatures
+from sim.arrivals import Arrivals
 from sim.cluster import SimCluster, SimInstance
 from sim.driver import SimDriver
 from sim.faults import ClientCancels, Fault, InstanceDies, InstanceSlows, StepFails, TransfersFail, arm_faults
-from sim.replay import _Arrivals
 from traces.request_trace import Trace, TraceRequest
 
 DECISIONS = (
@@ -252,7 +252,7 @@ def record(
     """Run, with all invariants checked after every poll unless told otherwise."""
     recording = Recording()
     recording.driver = driver = SimDriver(cluster, seed=seed, log=recording, check=check)  # type: ignore[arg-type]
-    _Arrivals(driver, trace, slo or LatencySLO(), None).start()
+    Arrivals(driver, trace, slo or LatencySLO(), None).start()
     arm_faults(driver, faults)
     driver.run()
     return recording

@@ -1,9 +1,7 @@
 """The simulated device's arithmetic against stepping through every repetition."""
 
-from collections.abc import Callable
-from heapq import heappop, heappush
-
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import given, settings
 
@@ -12,6 +10,7 @@ from sagellm.core.messages import RunStep, StepFailed, StepFinished, StepProgres
 from sagellm.core.plan import StepPlan
 from sagellm.cost_model.step_cost import StepCost, StepFeatures
 from sim.device import SimDevice, StepReport, _Launched
+from sim.environment import CallQueue, FunctionCall
 
 ME = InstanceId("me")
 COSTS = st.builds(
@@ -65,7 +64,7 @@ class OneCost:
 
     def step_cost(self, features: StepFeatures) -> StepCost:
         grown_fs = self.cost.device_fs + self.num_before * self.cost.device_growth_fs
-        return self.cost._replace(device_fs=grown_fs)
+        return msgspec.structs.replace(self.cost, device_fs=grown_fs)
 
 
 class Bench:
@@ -74,23 +73,17 @@ class Bench:
     def __init__(self, cost: StepCost, steps_in_flight_max: int, num_tokens: int, repeat_max: int) -> None:
         self.cost = OneCost(cost)
         self.depth, self.repeat_max = steps_in_flight_max, repeat_max
-        self.timers: list[tuple[int, int, Callable[[object], None]]] = []
-        self.now_ns = 0
+        self.calls = CallQueue()
         self.ends_ns: list[int] = []
         self.failed_ns: list[int] = []
         self.num_left = num_tokens  # not yet committed
         self.next_id = 0
         self.in_flight: list[list[int]] = []  # of each step: repetitions committed, returned; may there be more
         self.must_plan = True
-        self.device = SimDevice(self.cost, steps_in_flight_max, self._schedule, self._report)
-
-    def _schedule(self, at_ns: int, call: Callable[[object], None]) -> None:
-        assert at_ns >= self.now_ns, "a timer in the past"
-        self.next_id += 1
-        heappush(self.timers, (at_ns, self.next_id, call))
+        self.device = SimDevice(self.cost, steps_in_flight_max, self.calls, self._report)
 
     def _report(self, report: StepReport, at_ns: int) -> None:
-        assert at_ns == self.now_ns
+        assert at_ns == self.calls.now_ns
         self.must_plan = True
         record = self.in_flight[0]
         record[2] = 0
@@ -112,18 +105,16 @@ class Bench:
             repeat_max = min(self.repeat_max, self.num_left)
             self.next_id += 1
             self.in_flight.append([1, 0, repeat_max > 1])
-            self.device.launch(step(self.next_id, repeat_max), self.now_ns)
+            self.device.launch(step(self.next_id, repeat_max), self.calls.now_ns)
             self.num_left -= 1
             self.cost.num_before += 1
 
     def run(self, interrupts_ns: list[int]) -> list[int]:
         for at_ns in interrupts_ns:
-            self._schedule(at_ns, lambda _, at_ns=at_ns: self.device.interrupt(at_ns))
+            self.calls.call_at(at_ns, FunctionCall(self.device.interrupt))
         self._plan()
-        while self.timers:
-            self.now_ns, _, call = heappop(self.timers)
-            call(None)
-            if self.must_plan and (not self.timers or self.timers[0][0] > self.now_ns):
+        while self.calls.run_instant():
+            if self.must_plan:
                 self.must_plan = False
                 self._plan()
         assert self.num_left == 0
@@ -162,7 +153,7 @@ def test_the_host_hides_behind_the_device_only_with_two_steps_in_flight() -> Non
 @pytest.mark.parametrize("repeat_max", [1, 100])
 def test_the_step_after_that_under_way_fails(repeat_max: int) -> None:
     bench = Bench(StepCost(10_000_000, 0, 0), 1, 10, repeat_max)
-    bench._schedule(25, lambda _: bench.device.fail_next(25))
+    bench.calls.call_at(25, FunctionCall(bench.device.fail_next))
     ends_ns = bench.run([])
     assert bench.failed_ns == [40]
     assert ends_ns == [10, 20, 30, 50, 60, 70, 80, 90, 100]
@@ -172,10 +163,9 @@ def test_the_step_after_that_under_way_fails(repeat_max: int) -> None:
 def test_a_device_that_halts_tells_what_had_ended(depth: int) -> None:
     bench = Bench(StepCost(10_000_000, 0, 0), depth, 10, 100)
     reports: list[StepProgressed | None] = []
-    bench._schedule(35, lambda _: reports.append(bench.device.halt(35)))
+    bench.calls.call_at(35, FunctionCall(lambda at_ns: reports.append(bench.device.halt(at_ns))))
     bench._plan()
-    while bench.timers:
-        bench.now_ns, _, call = heappop(bench.timers)
-        call(None)
+    while bench.calls.run_instant():
+        pass
     assert [report and report.ends_ns for report in reports] == [(10, 20, 30)]
     assert bench.ends_ns == []

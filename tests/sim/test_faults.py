@@ -340,7 +340,7 @@ def test_f31_overload_is_refused_and_does_not_collapse(strategy: str) -> None:
     for gap_ms in (60, 6):
         run = record(cluster, trace(*[(200, 30)] * 300, gap_ns=gap_ms * MILLISECOND))
         ends = list(finished(run).values())
-        assert max(run.driver.metrics.metrics.queue_depth) <= 21
+        assert max(run.driver.metrics.result().queue_depth) <= 21
         last_ns = max(r.last_token_ns or 0 for r in run.requests.values())
         served.append(ends.count(FinishReason.LENGTH) / last_ns)
         assert all(e.retryable for _, e in of(run, RejectRequest))

@@ -17,10 +17,10 @@ from sagellm.core.log import LogHeader, LogWriter
 from sagellm.core.messages import RequestArrived
 from sagellm.core.request import LatencySLO
 from sagellm.cost_model.link import Link
+from sim.arrivals import request_spec
 from sim.cluster import SimCluster
 from sim.driver import SimDriver
 from sim.faults import ClientCancels, Fault, InstanceDies, StepFails, arm_faults
-from sim.replay import request_spec
 from traces.request_trace import TraceRequest
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "disaggregated.jsonl"

@@ -1,8 +1,7 @@
 """Shared links against a fluid that flows in small steps."""
 
 from collections import Counter
-from collections.abc import Callable
-from heapq import heappop, heappush
+from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 
 from sagellm.core.identity import InstanceId, TransferId
 from sagellm.cost_model.link import Link
+from sim.environment import CallQueue, FunctionCall
 from sim.network import Network
 
 FIXED_NS = 100
@@ -20,34 +20,28 @@ class Bench:
     """A network, its timers, and when each transfer ended."""
 
     def __init__(self, gbps: float = 1.0) -> None:
-        self.timers: list[tuple[int, int, Callable[[object], None]]] = []
-        self.num_timers = 0
-        self.now_ns = 0
+        self.calls = CallQueue()
         self.ends_ns: dict[int, int] = {}
-        self.network = Network(Link("link", FIXED_NS, gbps, "spec", ""), self._schedule)
-
-    def _schedule(self, at_ns: int, call: Callable[[object], None]) -> None:
-        assert at_ns >= self.now_ns
-        self.num_timers += 1
-        heappush(self.timers, (at_ns, self.num_timers, call))
+        self.network = Network(Link("link", FIXED_NS, gbps, "spec", ""), self.calls)
 
     def start(self, index: int, source: str, target: str, num_bytes: int) -> None:
-        done = lambda: self.ends_ns.__setitem__(index, self.now_ns)  # noqa: E731
-        self.network.start(TransferId(str(index)), InstanceId(source), InstanceId(target), num_bytes, self.now_ns, done)
+        done = lambda: self.ends_ns.__setitem__(index, self.calls.now_ns)  # noqa: E731
+        self.network.start(
+            TransferId(str(index)), InstanceId(source), InstanceId(target), num_bytes, self.calls.now_ns, done
+        )
 
     def run(self, moves: list[Move], cancels: dict[int, int] | None = None) -> dict[int, int]:
         for index, (at_ns, source, target, num_bytes) in enumerate(moves):
-            self.timers.append((at_ns, -1000 + index, lambda _, m=(index, source, target, num_bytes): self.start(*m)))
+            start = partial(self.start, index, source, target, num_bytes)
+            self.calls.call_at(at_ns, FunctionCall(lambda _, start=start: start()))
         for index, at_ns in (cancels or {}).items():
-            self.timers.append((at_ns, -500 + index, lambda _, i=index: self._cancel(i)))
-        self.timers.sort(key=lambda timer: timer[:2])
-        while self.timers:
-            self.now_ns, _, call = heappop(self.timers)
-            call(None)
+            self.calls.call_at(at_ns, FunctionCall(partial(self._cancel, index)))
+        while self.calls.run_instant():
+            pass
         return self.ends_ns
 
-    def _cancel(self, index: int) -> None:
-        self.network.cancel(TransferId(str(index)), self.now_ns)
+    def _cancel(self, index: int, at_ns: int) -> None:
+        self.network.cancel(TransferId(str(index)), at_ns)
 
 
 def fluid(moves: list[Move], gbps: float, cancels: dict[int, int] | None = None) -> dict[int, float]:

@@ -3,13 +3,14 @@
 from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
 from sagellm.control_plane.strategies.fifo import FifoStrategy
 from sagellm.control_plane.strategies.slo_aware import SLOAwareStrategy
+from sagellm.control_plane.strategies.strategy import Strategy
 from sagellm.core.identity import RequestId
 
 PRESSURE_SHARE = 0.5
 """The oldest request having waited for this share of its TTFT limit means that there is no room."""
 
 
-class AdaptiveStrategy:
+class AdaptiveStrategy(Strategy):
     """Serves the most urgent class that waits; within it first come, first served, until its oldest
     request has used up half of its TTFT limit in the queue; from then on as ``slo_aware`` does.
     """

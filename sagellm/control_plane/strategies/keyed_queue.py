@@ -4,6 +4,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 
 from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
+from sagellm.control_plane.strategies.strategy import Strategy
 from sagellm.core.identity import RequestId
 
 OrderKey = tuple[int, ...]
@@ -40,7 +41,7 @@ class KeyedQueue:
         self._live.pop(request_id, None)
 
 
-class KeyedStrategy:
+class KeyedStrategy(Strategy):
     """A strategy that is nothing but an order: whoever has the least key is next."""
 
     def __init__(self, key: Callable[[QueuedRequest], OrderKey]) -> None:

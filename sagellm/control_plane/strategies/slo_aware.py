@@ -2,6 +2,7 @@
 
 from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
 from sagellm.control_plane.strategies.keyed_queue import KeyedQueue
+from sagellm.control_plane.strategies.strategy import Strategy
 from sagellm.core.identity import RequestId
 
 NO_DEADLINE_NS = 1 << 62
@@ -10,7 +11,7 @@ LATE_SHARE = 8
 that none waits for ever."""
 
 
-class SLOAwareStrategy:
+class SLOAwareStrategy(Strategy):
     """By TTFT deadline. Under overload plain earliest-deadline-first serves requests that are too late
     anyway and makes the next ones late too; so a request whose deadline cannot be met any more steps
     behind those that can be, and is served by arrival among its like.

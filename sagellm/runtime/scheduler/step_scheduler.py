@@ -82,15 +82,10 @@ class StepScheduler:
             self._drain_fully_planned()
 
     def _grow(self, growing: dict[RequestId, LocalRequest], num_blocks: int) -> None:
-        new_block_ids = self._new_block_ids
-        if num_blocks == 1:
-            grow_one = self.kv.grow_one
-            for request_id, request in growing.items():
-                new_block_ids.append((request_id, (grow_one(request.blocks),)))  # type: ignore[arg-type]
-            return
+        kv, new_block_ids = self.kv, self._new_block_ids
         for request_id, request in growing.items():
             assert request.blocks is not None
-            new_block_ids.append((request_id, tuple(self.kv.grow(request.blocks, num_blocks))))
+            new_block_ids.append((request_id, kv.grow(request.blocks, num_blocks)))
 
     # --- queues ---------------------------------------------------------------------------------
 

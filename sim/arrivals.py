@@ -1,0 +1,101 @@
+"""When the requests of a trace arrive in a simulated run."""
+
+from collections.abc import Callable
+
+from sagellm.core.identity import RequestId
+from sagellm.core.messages import RequestArrived
+from sagellm.core.request import LatencySLO, RequestSpec
+from sim.driver import SimDriver
+from sim.environment import Call
+from traces.request_trace import Trace, TraceRequest
+
+_PROGRESS_EVERY = 256  # requests
+
+
+class Arrivals(Call):
+    """Releases requests: at their recorded time, or after the one that they follow in their session.
+
+    ``on_progress`` gets the number of requests that are over. Requests with a recorded time are armed one
+    at a time; this is the call of the next.
+    """
+
+    __slots__ = ("_driver", "_due", "_followers", "_next", "_num_over", "_on_progress", "_slo", "_trace")
+
+    def __init__(
+        self, driver: SimDriver, trace: Trace, slo: LatencySLO, on_progress: Callable[[int], None] | None
+    ) -> None:
+        self._driver = driver
+        self._trace = trace
+        self._slo = slo
+        self._on_progress = on_progress
+        self._num_over = 0
+        self._followers: dict[int, list[int]] = {}
+        self._due: list[tuple[int, int]] = []  # (time, index) of requests with a recorded time, in order
+        self._next = 0
+        for index, request in enumerate(trace.requests):
+            if request.previous is None:
+                self._due.append((request.arrival_ns, index))
+            else:
+                self._followers.setdefault(request.previous, []).append(index)
+        self._due.sort()
+
+    def start(self) -> None:
+        """Arm the first arrival. To be called before the driver runs."""
+        self._driver.on_request_over = self._over
+        self._arm()
+
+    def happen(self, at_ns: int) -> None:
+        """The next request of those with a recorded time arrives."""
+        index = self._due[self._next][1]
+        self._next += 1
+        self.arrive(index, at_ns)
+        self._arm()
+
+    def arrive(self, index: int, at_ns: int) -> None:
+        """A request of the trace arrives."""
+        spec = request_spec(index, self._trace.requests[index], at_ns, self._trace.content_block_size, self._slo)
+        self._driver.submit(RequestArrived(spec))
+
+    def _arm(self) -> None:
+        if self._next < len(self._due):
+            self._driver.call_at(self._due[self._next][0], self)
+
+    def _over(self, request_id: str, now_ns: int) -> None:
+        self._num_over += 1
+        if self._on_progress is not None and self._num_over % _PROGRESS_EVERY == 0:
+            self._on_progress(self._num_over)
+        if not self._followers:
+            return
+        for index in self._followers.pop(int(request_id), ()):
+            request = self._trace.requests[index]
+            at_ns = max(request.arrival_ns, now_ns + request.gap_ns)
+            self._driver.call_at(at_ns, _FollowUp(self, index))
+
+
+class _FollowUp(Call):
+    """A request that had to wait for the one before it."""
+
+    __slots__ = ("arrivals", "index")
+
+    def __init__(self, arrivals: Arrivals, index: int) -> None:
+        self.arrivals = arrivals
+        self.index = index
+
+    def happen(self, at_ns: int) -> None:
+        self.arrivals.arrive(self.index, at_ns)
+
+
+def request_spec(
+    index: int, request: TraceRequest, arrival_ns: int, content_block_size: int, slo: LatencySLO
+) -> RequestSpec:
+    """The request that a client sends. Its output length is its limit, as a replay against a server sets it."""
+    return RequestSpec(
+        request_id=RequestId(str(index)),
+        arrival_ns=arrival_ns,
+        num_prompt_tokens=request.num_prompt_tokens,
+        max_output_tokens=request.num_output_tokens,
+        priority=request.priority,
+        slo=slo,
+        content_ids=request.content_ids,
+        content_block_size=content_block_size,
+    )

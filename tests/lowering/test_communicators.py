@@ -35,16 +35,25 @@ def run_process(rank: int, size: int, meeting_file: str) -> None:
         torch.distributed.destroy_process_group()
 
 
+def run_process_after_this(index: int, size: int, meeting_file: str) -> None:
+    run_process(index + 1, size, meeting_file)
+
+
 def test_one_rank_keeps_what_it_has() -> None:
     check(SingleRank(), exchange)
 
 
 def test_threads() -> None:
     group = ThreadGroup(3)
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for done in [pool.submit(check, group.rank(rank), exchange) for rank in range(3)]:
             done.result()
 
 
 def test_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_process, (2, str(tmp_path / "meeting")), nprocs=2)
+    """This one and another."""
+    meeting_file = str(tmp_path / "meeting")
+    other = torch.multiprocessing.spawn(run_process_after_this, (2, meeting_file), nprocs=1, join=False)
+    run_process(0, 2, meeting_file)
+    while not other.join():
+        pass

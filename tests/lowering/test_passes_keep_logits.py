@@ -46,6 +46,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return make_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(scope="module")
+def expected(model: TinyModel) -> torch.Tensor:
+    return logits_of_all(model, model.graph())[0]
+
+
 def optimised(graph: ExecutionGraph, passes: str) -> ExecutionGraph:
     for rewrite in PASSES[passes]:
         graph = rewrite(graph)
@@ -54,16 +59,13 @@ def optimised(graph: ExecutionGraph, passes: str) -> ExecutionGraph:
 
 
 @pytest.mark.parametrize("passes", PASSES)
-def test_logits_are_those_of_the_plain_graph(model: TinyModel, passes: str) -> None:
-    graph = model.graph()
-    expected = logits_of_all(model, graph)[0]
-    logits = logits_of_all(model, optimised(graph, passes))[0]
+def test_logits_are_those_of_the_plain_graph(model: TinyModel, expected: torch.Tensor, passes: str) -> None:
+    logits = logits_of_all(model, optimised(model.graph(), passes))[0]
     assert (logits - expected).abs().max() < DIFFERENCE_MAX
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_all_passes_keep_the_logits_of_several_ranks(model: TinyModel, tp: int) -> None:
-    expected = logits_of_all(model, model.graph())[0]
+def test_all_passes_keep_the_logits_of_several_ranks(model: TinyModel, expected: torch.Tensor, tp: int) -> None:
     for logits in logits_of_all(model, optimised(model.graph(tp), "all")):
         assert (logits - expected).abs().max() < DIFFERENCE_MAX
 

@@ -52,7 +52,7 @@ def schedules(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-half-sliding", "qwen3", "qwen3-moe"])
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(schedule=schedules(), block_size=st.sampled_from([1, 3, 16]), seed=st.integers(0, 99))
 def test_any_schedule_gives_the_logits_of_one_pass(
     models: dict[str, TinyModel],

@@ -64,9 +64,8 @@ def test_logits_are_those_of_the_plain_graph(model: TinyModel, expected: torch.T
     assert (logits - expected).abs().max() < DIFFERENCE_MAX
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-def test_all_passes_keep_the_logits_of_several_ranks(model: TinyModel, expected: torch.Tensor, tp: int) -> None:
-    for logits in logits_of_all(model, optimised(model.graph(tp), "all")):
+def test_all_passes_keep_the_logits_of_several_ranks(model: TinyModel, expected: torch.Tensor) -> None:
+    for logits in logits_of_all(model, optimised(model.graph(4), "all")):
         assert (logits - expected).abs().max() < DIFFERENCE_MAX
 
 

@@ -53,7 +53,7 @@ def test_ranks_together_give_the_logits_of_one(tmp_path_factory: pytest.TempPath
     expected = logits_of_all(model, model.graph(1))[0]
     assert expected.shape == (len(PROMPT), VOCAB_SIZE)
     assert (expected - model.logits(PROMPT)).abs().max() < 1e-4
-    for tp in (2, 4, 8):
+    for tp in (2, 8):
         for logits in logits_of_all(model, model.graph(tp)):
             assert (logits - expected).abs().max() < 1e-4, f"tp {tp}"
 

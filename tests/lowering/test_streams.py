@@ -14,8 +14,10 @@ from backends.lowering.lifetimes import Lifetimes
 from backends.lowering.program import GraphProgram
 from backends.registry import get_backend
 from sagellm.models.known_models import load_model_config
+from sagellm.runtime.execution_graph.assembly import GraphAssembly
 from sagellm.runtime.execution_graph.builder import build_graph
 from sagellm.runtime.execution_graph.ir import ExecutionGraph
+from sagellm.runtime.execution_graph.operators import Add, Embedding, Silu
 from sagellm.runtime.execution_graph.passes.fusion import fuse
 from sagellm.runtime.execution_graph.passes.kv_sends import add_kv_sends
 from sagellm.runtime.execution_graph.passes.memory import storage_names
@@ -46,7 +48,20 @@ def over_before(graph: ExecutionGraph) -> list[set[str]]:
     return list(found.values())
 
 
-graphs = st.builds(
+def chains(num_chains: int, length: int, seed: int) -> ExecutionGraph:
+    """Sums over ranks that do not need each other, so that a stream goes on while another still reads."""
+    graph = GraphAssembly(load_model_config("sagellm/toy"), tp=2)
+    table = graph.sharded("table", (512, 64), dim=0)
+    ends = [graph.add(f"begin.{chain}", Embedding(sharded=True), "token_ids", table) for chain in range(num_chains)]
+    for position in range(length):
+        ends = [graph.add(f"{position}.{chain}", Silu(), graph.all_reduce(end)) for chain, end in enumerate(ends)]
+    total = ends[0]
+    for chain, end in enumerate(ends[1:]):
+        total = graph.add(f"total.{chain}", Add(), total, end)
+    return scheduled(graph.finish(total), seed)
+
+
+models = st.builds(
     lambda name, tp, fused, seed: scheduled(
         (fuse if fused else lambda graph: graph)(build_graph(load_model_config(name), tp)), seed
     ),
@@ -56,8 +71,10 @@ graphs = st.builds(
     st.integers(0, 1000),
 )
 
+graphs = models | st.builds(chains, st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
 
-@settings(max_examples=15, deadline=None)
+
+@settings(max_examples=30, deadline=None)
 @given(graphs)
 def test_waits_keep_every_edge_and_memory_outlives_its_users(graph: ExecutionGraph) -> None:
     """Whatever a stream is given once it has memory back begins after all that used the memory."""

@@ -94,7 +94,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="JSON file for the figures")
     parser.add_argument("--backend", default="cuda", help="name of a hardware backend")
     parser.add_argument("--model", default="Qwen/Qwen2.5-7B", help="known model, or a config.json")
-    parser.add_argument("--small-model", default="sagellm/qwen3-100m", help="model whose logits are compared with one rank's")
+    parser.add_argument(
+        "--small-model", default="sagellm/qwen3-100m", help="model whose logits are compared with one rank's"
+    )
     parser.add_argument("--batches", default="1,32,256", help="decodes in a step")
     parser.add_argument("--context", type=int, default=1024, help="tokens of KV of each decode")
     parser.add_argument("--prompts", default="1024,8192", help="tokens of a prefill")

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 import msgspec
@@ -22,13 +23,24 @@ class OutputDelta:
     num_cached_tokens: int  # of the prompt, found in a prefix cache
 
 
+class Refusal(StrEnum):
+    """What keeps a request from being served."""
+
+    IMPOSSIBLE = "impossible"  # it asks for more than can ever be
+    QUEUE_FULL = "queue_full"  # too many are before it; later there may be room
+    UNAVAILABLE = "unavailable"  # instances were lost, or the server stops; later or elsewhere it may be served
+
+
 @dataclass(frozen=True, slots=True)
 class RequestOutcome:
-    """How a request ended: the last thing that its stream gives, exactly once."""
+    """How a request ended: the last thing that its stream gives, exactly once.
 
-    reason: FinishReason | None  # None: it was rejected, now or after output
+    It has a ``reason`` where it ran to some end, and a ``refusal`` where it was rejected, be it after output.
+    """
+
+    reason: FinishReason | None
     message: str = ""  # why, where it was rejected or failed
-    retryable: bool = False  # the same request may succeed later
+    refusal: Refusal | None = None
 
 
 class InstanceStatus(msgspec.Struct, frozen=True, tag=True):

@@ -20,7 +20,7 @@ from sagellm.core.request import FinishReason, RequestSpec
 from sagellm.core.sampling import SamplingParameters
 from sagellm.core.step_executor import StepExecutor, StepOutcome
 from sagellm.log_replay import replay_log
-from sagellm.server.engine import InstanceStatus, OutputDelta, RequestOutcome
+from sagellm.server.engine import InstanceStatus, OutputDelta, Refusal, RequestOutcome
 from sagellm.server.live.clock import LiveClock
 from sagellm.server.live.front_driver import LiveEngine
 from sagellm.server.live.instance_driver import DriverOptions
@@ -233,6 +233,37 @@ def test_a_stop_string_found_by_the_client_side_ends_with_stop() -> None:
     serve(Cluster((instance("a"),)), scenario)
 
 
+def test_a_full_queue_is_told_from_a_request_that_is_too_long() -> None:
+    async def scenario(engine: LiveEngine) -> None:
+        got = await asyncio.gather(*(read(engine.submit(request(name, 20, 20))) for name in range(9)))
+        refusals = [outcome.refusal for _, outcome in got]
+        assert refusals.count(Refusal.QUEUE_FULL) == refusals.count(None) + 3 == 6
+        _, outcome = await read(engine.submit(request("r", 90, 20)))
+        assert outcome.refusal is Refusal.IMPOSSIBLE
+
+    config = ControlPlaneConfig(queue_max=2, dispatch_tokens_max=1, max_model_len=100)
+    serve(Cluster((instance("a", max_num_seqs=1),), config), scenario)
+
+
+def test_a_request_that_lost_its_instance_too_often_is_not_told_of_a_full_queue(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def make(settings: ExecutorSettings) -> StepExecutor:
+        is_dying = settings.instance.instance_id == "a"
+        return DyingExecutor(settings, lambda _: STEP_NS) if is_dying else make_null(settings)
+
+    async def scenario(engine: LiveEngine) -> None:
+        token_ids, outcome = await read(engine.submit(request("r", 20, 40)))
+        assert 0 < len(token_ids) < 15
+        assert outcome.refusal is Refusal.UNAVAILABLE
+        assert outcome.message == "its instance was lost, once too often"
+        assert engine.is_alive
+
+    config = ControlPlaneConfig(attempts_max=1, routing="round_robin")
+    serve(Cluster((instance("a"), instance("b")), config), scenario, make_executor=make)
+    assert "a is lost: an illegal memory access was met" in caplog.text
+
+
 def test_an_id_in_use_is_refused() -> None:
     async def scenario(engine: LiveEngine) -> None:
         first = engine.submit(request("r"))
@@ -270,10 +301,11 @@ def test_an_observer_hears_all_in_order_and_counts_add_up() -> None:
     assert all(status.core_ns > 0 for status in last.values())
 
 
-def test_a_fault_in_the_front_ends_every_stream(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("fault", [RequestArrived, EmitTokens])
+def test_a_fault_in_the_front_ends_every_stream(caplog: pytest.LogCaptureFixture, fault: type) -> None:
     class Faulty(Recorder):
         def observe(self, now_ns: int, record: Event | Effect) -> None:
-            if isinstance(record, RequestArrived) and record.request.request_id == "bad":
+            if isinstance(record, fault):
                 raise ArithmeticError("on purpose")
 
     async def run() -> None:
@@ -320,6 +352,6 @@ def test_control_plane_config_reaches_the_machine() -> None:
         _, outcome = await read(engine.submit(request("r", 90, 20)))
         assert outcome.reason is None
         assert "max_model_len 100" in outcome.message
-        assert not outcome.retryable
+        assert outcome.refusal is Refusal.IMPOSSIBLE
 
     serve(Cluster((instance("a"),), ControlPlaneConfig(max_model_len=100)), scenario)

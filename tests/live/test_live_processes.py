@@ -19,7 +19,7 @@ from sagellm.core.identity import InstanceId
 from sagellm.core.request import FinishReason, RequestSpec
 from sagellm.core.sampling import SamplingParameters
 from sagellm.log_replay import replay_log
-from sagellm.server.engine import OutputDelta, RequestOutcome
+from sagellm.server.engine import OutputDelta, Refusal, RequestOutcome
 from sagellm.server.live.front_driver import LiveEngine
 from sagellm.server.live.instance_driver import DriverOptions
 from sagellm.server.live.instance_host import StartError
@@ -124,7 +124,7 @@ def test_without_instances_requests_end_and_the_engine_says_so() -> None:
         await asyncio.sleep(0.05)
         host.kill(InstanceId("only"))
         for _, outcome in await asyncio.gather(*reading):
-            assert outcome == RequestOutcome(None, "no instance is left to serve it", retryable=True)
+            assert outcome == RequestOutcome(None, "no instance is left to serve it", Refusal.UNAVAILABLE)
         assert not engine.is_alive
         _, outcome = await read(engine.submit(request("late")))
         assert outcome.reason is None
@@ -233,7 +233,7 @@ def test_draining_takes_nothing_new_and_lets_end_what_runs() -> None:
         await asyncio.sleep(0)
         assert engine.is_draining
         _, refused = await read(engine.submit(request("late")))
-        assert refused == RequestOutcome(None, "the server is being stopped", retryable=True)
+        assert refused == RequestOutcome(None, "the server is being stopped", Refusal.UNAVAILABLE)
         await draining
         for token_ids, outcome in await asyncio.gather(*running):
             assert outcome == RequestOutcome(FinishReason.LENGTH)

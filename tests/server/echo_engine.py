@@ -9,7 +9,7 @@ from sagellm.core.config import Role
 from sagellm.core.identity import InstanceId, RequestId
 from sagellm.core.request import FinishReason, RequestSpec
 from sagellm.core.step_executor import TokenLogprobs
-from sagellm.server.engine import InstanceSnapshot, InstanceStatus, OutputDelta, RequestOutcome
+from sagellm.server.engine import InstanceSnapshot, InstanceStatus, OutputDelta, Refusal, RequestOutcome
 
 
 @dataclass
@@ -64,7 +64,7 @@ class EchoEngine:
         self.is_draining = True
 
     async def _reject(self, reason: str) -> AsyncIterator[OutputDelta | RequestOutcome]:
-        yield RequestOutcome(None, reason, retryable=True)
+        yield RequestOutcome(None, reason, Refusal.QUEUE_FULL)
 
     async def _serve(self, request: RequestSpec) -> AsyncIterator[OutputDelta | RequestOutcome]:
         stop, prompt = self.running[request.request_id], request.prompt_token_ids

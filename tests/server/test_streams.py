@@ -9,7 +9,7 @@ from echo_engine import EchoEngine
 from running_app import Client, Event, running_app
 
 from sagellm.core.request import FinishReason
-from sagellm.server.engine import RequestOutcome
+from sagellm.server.engine import Refusal, RequestOutcome
 
 _CHAT = {"model": "toy", "messages": [{"role": "user", "content": [{"type": "text", "text": "Grüße"}]}]}
 _COMPLETION = {"model": "toy", "prompt": "héllo wörld"}
@@ -278,6 +278,28 @@ def test_a_failing_model_is_an_error_and_never_a_silent_cut(num_tokens: int) -> 
                 assert "made to fail" in error.json["error"]["message"]
                 assert all("choices" in event.json for event in chunks)
             assert engine.num_unfinished == 0
+
+    run(test())
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+@pytest.mark.parametrize(
+    ("refusal", "status"), [(Refusal.IMPOSSIBLE, 400), (Refusal.QUEUE_FULL, 429), (Refusal.UNAVAILABLE, 503)]
+)
+def test_a_refusal_is_worded_alike_before_and_in_an_answer(refusal: Refusal, status: int, num_tokens: int) -> None:
+    async def test() -> None:
+        engine = EchoEngine(ends_after=num_tokens, outcome=RequestOutcome(None, "so it is", refusal))
+        async with running_app(engine) as client:
+            answered, answer = await client.post("/v1/completions", {**_COMPLETION, "max_tokens": 10})
+            assert (answered, answer["error"]["code"]) == (status, status)
+            body = {**_COMPLETION, "max_tokens": 10, "stream": True}
+            if num_tokens:
+                *_, error, done = await client.events("/v1/completions", body)
+                assert done.is_done
+                assert error.json["error"]["code"] == status
+                assert "so it is" in error.json["error"]["message"]
+            else:
+                assert (await client.post("/v1/completions", body))[0] == status
 
     run(test())
 

@@ -7,7 +7,9 @@ streams as they come.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import assert_never
@@ -39,13 +41,15 @@ from sagellm.core.messages import (
     SourceLost,
 )
 from sagellm.core.request import FinishReason, RequestSpec
-from sagellm.server.engine import EngineObserver, InstanceSnapshot, InstanceStatus, RequestOutcome
+from sagellm.server.engine import EngineObserver, InstanceSnapshot, InstanceStatus, Refusal, RequestOutcome
 from sagellm.server.live.clock import LiveClock
 from sagellm.server.live.deployment import DeployedInstance, Deployment
 from sagellm.server.live.instance_host import HostListener, InstanceHost
 from sagellm.server.live.live_log import LiveLog, LogLines
 from sagellm.server.live.request_stream import RequestStream
 from sagellm.server.live.wire import Deliver, FromInstance, OutgoingEffect, PeerLost, Turn
+
+_LOG = logging.getLogger(__name__)
 
 ABORT_S = 5.0
 """How long aborted requests may take to end before the instances are stopped all the same."""
@@ -82,6 +86,7 @@ class LiveEngine:
         self._inbox: list[ControlPlaneEvent] = []
         self._outbox: dict[InstanceId, list[MessageToInstance]] = {}
         self._turn_is_due = False
+        self._num_turns = 0
         self._is_draining = False
         self._all_over = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
@@ -104,7 +109,7 @@ class LiveEngine:
             self.cancel(request_id)
         await self._wait_until_all_over(ABORT_S)
         for request_id in list(self._streams):
-            self._end(request_id, RequestOutcome(None, "the server was stopped", retryable=True))
+            self._end(request_id, RequestOutcome(None, "the server was stopped", Refusal.UNAVAILABLE))
         await self._host.stop()
         if self._log is not None:
             self._log.write(self._lines.take())
@@ -154,9 +159,9 @@ class LiveEngine:
         """See `Engine`. Raises ValueError where the id is in use."""
         if request.request_id in self._streams:
             raise ValueError(f"request_id: {request.request_id!r} is in use; each request must have its own")
-        stream = RequestStream(request, self._loop)
+        stream = RequestStream(request, self._loop, self._num_turns)
         if self._is_draining:
-            stream.end(RequestOutcome(None, "the server is being stopped", retryable=True))
+            stream.end(RequestOutcome(None, "the server is being stopped", Refusal.UNAVAILABLE))
             return stream
         self._streams[request.request_id] = stream
         self._hand_in(RequestArrived(request))
@@ -194,19 +199,25 @@ class LiveEngine:
 
     def _turn(self) -> None:
         self._turn_is_due = False
-        try:
-            if self._inbox:
+        if self._inbox:
+            with self._faults_end_all():
                 now_ns = self._clock.now_ns()
                 for effect in self._step_control_plane(now_ns):
                     self._observe(now_ns, effect)
                     self._perform(effect)
-        except Exception:
-            # A fault of ours. Nothing that is decided from here on could be trusted, so clients are told.
-            self._break_down()
-            raise
+            self._num_turns += 1
         outbox, self._outbox = self._outbox, {}
         for instance_id, messages in outbox.items():
             self._host.send(instance_id, Deliver(tuple(messages)))
+
+    @contextmanager
+    def _faults_end_all(self) -> Iterator[None]:
+        """Behind a fault of ours nothing that is decided could be trusted, so clients are told."""
+        try:
+            yield
+        except Exception:
+            self._break_down()
+            raise
 
     def _break_down(self) -> None:
         """End everything: no request may wait for what will not come."""
@@ -266,12 +277,23 @@ class LiveEngine:
             # It was taken from the queue because the client had asked for it.
             self._end(request_id, RequestOutcome(stream.cancelled))
         else:
-            self._end(request_id, RequestOutcome(None, effect.reason, effect.retryable))
+            self._end(request_id, RequestOutcome(None, effect.reason, self._refusal(effect, stream)))
+
+    def _refusal(self, effect: RejectRequest, stream: RequestStream | None) -> Refusal:
+        """What the control plane's words come to. It speaks of a full queue in the turn of the arrival only."""
+        if not effect.retryable:
+            return Refusal.IMPOSSIBLE
+        is_new = stream is not None and stream.turn == self._num_turns
+        return Refusal.QUEUE_FULL if is_new and self.is_alive else Refusal.UNAVAILABLE
 
     # --- what instances say ------------------------------------------------------------------------------
 
     def _on_message(self, instance_id: InstanceId, message: FromInstance) -> None:
-        assert isinstance(message, Turn), f"{instance_id} said {message} in the middle of its work"
+        with self._faults_end_all():
+            assert isinstance(message, Turn), f"{instance_id} said {message} in the middle of its work"
+            self._take_in(instance_id, message)
+
+    def _take_in(self, instance_id: InstanceId, message: Turn) -> None:
         now_ns = self._clock.now_ns()
         for request_id, num_tokens in message.num_cached_tokens.items():
             stream = self._streams.get(request_id)
@@ -318,6 +340,7 @@ class LiveEngine:
         if record.is_lost:
             return
         record.is_lost = True
+        _LOG.error("%s is lost: %s", instance_id, reason)
         for other_id, other in self._instances.items():
             if not other.is_lost:
                 self._host.send(other_id, PeerLost(instance_id))

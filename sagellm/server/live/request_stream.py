@@ -27,10 +27,12 @@ class RequestStream:
         "output_token_ids",
         "request",
         "told",
+        "turn",
     )
 
-    def __init__(self, request: RequestSpec, loop: AbstractEventLoop) -> None:
+    def __init__(self, request: RequestSpec, loop: AbstractEventLoop, turn: int) -> None:
         self.request = request
+        self.turn = turn  # of the front, in which the control plane hears of it
         self.output_token_ids: list[int] = []  # all that was emitted
         self.num_cached_tokens: int | None = None  # None: no instance has said
         self.cancelled: FinishReason | None = None

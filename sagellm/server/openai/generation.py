@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sagellm.core.request import FinishReason, RequestSpec
 from sagellm.core.step_executor import TokenLogprobs
-from sagellm.server.engine import Engine, OutputDelta, RequestOutcome
+from sagellm.server.engine import Engine, OutputDelta, Refusal, RequestOutcome
 from sagellm.server.openai.errors import ApiError
 from sagellm.server.openai.options import GenerationOptions
 from sagellm.server.openai.stop_strings import StopMatch, StopStrings
@@ -165,10 +165,13 @@ class Generation:
 
     def _rejection(self, outcome: RequestOutcome) -> ApiError:
         message = f"the request is not served{_because(outcome.message)}"
-        if not outcome.retryable:
-            return ApiError(400, message)
-        is_overloaded = self._engine.is_alive and not self._engine.is_draining and self.num_output_tokens == 0
-        return ApiError(429 if is_overloaded else 503, message, retry_after_s=self._retry_after_s)
+        match outcome.refusal:
+            case Refusal.QUEUE_FULL:
+                return ApiError(429, message, retry_after_s=self._retry_after_s)
+            case Refusal.UNAVAILABLE:
+                return ApiError(503, message, retry_after_s=self._retry_after_s)
+            case Refusal.IMPOSSIBLE | None:
+                return ApiError(400, message)
 
 
 def _because(message: str) -> str:

@@ -117,12 +117,14 @@ class _InstanceThread(threading.Thread):
         self._host = host
         self.inbox: SimpleQueue[ToInstance | PeerMessage | None] = SimpleQueue()  # None only wakes
         self.is_killed = False
+        self.driver: InstanceDriver | None = None  # for looking inside
 
     def run(self) -> None:
         config = self._settings.instance
         try:
             executor = self._make_executor(self._settings)
             driver = InstanceDriver(config, executor, self._host, self._options)
+            self.driver = driver
             driver.start(lambda: self.inbox.put(None))
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             self._host.to_front(StartFailed(config.instance_id, str(error)))

@@ -12,6 +12,7 @@ from backends.conformance.check import Check, Subject, expect
 from backends.conformance.closeness import expect_close
 
 _EPSILON = 1e-6
+_HEADS = ((28, 4, 128), (14, 2, 64), (5, 5, 80), (32, 8, 128), (4, 2, 8), (6, 1, 12))
 _Make = Callable[[torch.Generator, torch.dtype], tuple[tuple[torch.Tensor, ...], dict[str, Any]]]
 
 
@@ -25,7 +26,14 @@ def _checks_of(dtype_name: str, dtype: torch.dtype) -> list[Check]:
     for operator, title, make in _cases():
         run = partial(_against_oracle, operator=operator, make=make, dtype=dtype)
         checks.append(Check("operators", f"{dtype_name} {operator} {title}", run))
-    for num_heads, num_kv_heads, head_dim in ((28, 4, 128), (14, 2, 64), (5, 5, 80), (32, 8, 128)):
+    for num_heads, num_kv_heads, head_dim in (
+        (28, 4, 128),
+        (14, 2, 64),
+        (5, 5, 80),
+        (32, 8, 128),
+        (4, 2, 8),
+        (6, 1, 12),
+    ):
         title = f"{num_heads}/{num_kv_heads} heads of {head_dim}"
         for operator in ("kv_write", "rotary_kv_write", "head_norm_rotary_kv_write"):
             run = partial(_kv_operator, operator=operator, heads=(num_heads, num_kv_heads, head_dim), dtype=dtype)

@@ -3,7 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.cuda.kernels.tile_shapes import decode_tile, num_decode_parts, power_of_two_from, prefill_tile
+from backends.cuda.kernels.tile_shapes import (
+    decode_tile,
+    head_columns,
+    num_decode_parts,
+    power_of_two_from,
+    prefill_tile,
+)
 
 
 def is_power_of_two(number: int) -> bool:
@@ -38,3 +44,10 @@ def test_power_of_two_from(number: int) -> None:
     power = power_of_two_from(number)
     assert is_power_of_two(power)
     assert power // 2 < number <= power
+
+
+@given(st.integers(1, 256))
+def test_a_tile_holds_a_head_and_is_wide_enough_to_multiply(head_dim: int) -> None:
+    columns = head_columns(head_dim)
+    assert is_power_of_two(columns)
+    assert columns >= max(head_dim, 16)

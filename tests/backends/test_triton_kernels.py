@@ -57,6 +57,8 @@ def test_kernels_pass_conformance(check: Check, subject: Subject) -> None:
         (HeadShape(4, 2, 128), 8, 6),
         (HeadShape(3, 3, 80), 48, 0),
         (HeadShape(2, 1, 256), 16, 1),
+        (HeadShape(4, 2, 8), 16, 0),
+        (HeadShape(3, 1, 12), 16, 5),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from backends.cuda.kernels.attention_tile import attend_range
-from backends.cuda.kernels.tile_shapes import decode_tile
+from backends.cuda.kernels.tile_shapes import decode_tile, head_columns
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -146,7 +146,7 @@ def decode_attention(
         IS_SPLIT=num_parts > 1,
         BLOCK_SIZE=block_size,
         HEAD_DIM=head_dim,
-        COLUMNS=triton.next_power_of_2(head_dim),
+        COLUMNS=head_columns(head_dim),
         WINDOW=sliding_window,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
@@ -159,5 +159,5 @@ def decode_attention(
             out.stride(0),
             PARTS=num_parts,
             HEAD_DIM=head_dim,
-            COLUMNS=triton.next_power_of_2(head_dim),
+            COLUMNS=head_columns(head_dim),
         )

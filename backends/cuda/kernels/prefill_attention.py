@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from backends.cuda.kernels.attention_tile import attend_range
-from backends.cuda.kernels.tile_shapes import prefill_tile
+from backends.cuda.kernels.tile_shapes import head_columns, prefill_tile
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def prefill_attention(
         KEYS=shape.num_keys,
         BLOCK_SIZE=block_size,
         HEAD_DIM=head_dim,
-        COLUMNS=triton.next_power_of_2(head_dim),
+        COLUMNS=head_columns(head_dim),
         WINDOW=sliding_window,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-_DOT_ROWS_MIN = 16  # of an operand of tl.dot
+_DOT_ROWS_MIN = 16  # of an operand of tl.dot, and the least of the dimension that it sums over
 _PARTS_MAX = 64
 _KEYS_PER_PART_MIN = 128
 # More programs than multiprocessors, so that each has several whose loads overlap.
@@ -46,6 +46,11 @@ def num_decode_parts(num_programs: int, context_len_max: int, num_compute_units:
     wanted = -(-_PROGRAMS_PER_UNIT * num_compute_units // max(num_programs, 1))
     worthwhile = -(-context_len_max // _KEYS_PER_PART_MIN)
     return power_of_two_from(max(1, min(wanted, worthwhile, _PARTS_MAX)))
+
+
+def head_columns(head_dim: int) -> int:
+    """Columns of a tile that holds one head; those from ``head_dim`` on are zeros."""
+    return max(_DOT_ROWS_MIN, power_of_two_from(head_dim))
 
 
 def power_of_two_from(number: int) -> int:

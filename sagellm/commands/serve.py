@@ -119,6 +119,9 @@ def serve(
         raise UserError("--api-key is empty; give a key, or leave the option out to let everybody in")
 
     from sagellm.commands.serve_options import ServeOptions
+    from sagellm.commands.serve_requirements import check_installed
+
+    check_installed(backend)
     from sagellm.commands.serve_run import run_serve
 
     run_serve(

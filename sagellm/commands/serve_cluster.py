@@ -1,6 +1,5 @@
 """Which cluster and which model ``sagellm serve`` serves, and on what."""
 
-import importlib.util
 import os
 import re
 from collections.abc import Iterable
@@ -15,17 +14,16 @@ from sagellm.cluster.description import ClusterDescription, InstanceGroup
 from sagellm.cluster.errors import ClusterFileError
 from sagellm.cluster.reading import read_cluster
 from sagellm.commands.serve_options import ServeOptions
+from sagellm.commands.serve_requirements import NO_BACKEND
 from sagellm.commands.user_error import UserError, user_errors
 from sagellm.models.known_models import known_model_ids, load_model_config
 from sagellm.models.model_config import ModelConfig
 from sagellm.server.live.deployment import Deployment, ModelChoice, deploy
 
 TOY_CLUSTER = "cpu-toy"
-NO_BACKEND = "none"
 CPU_BACKEND = "cpu"
 CPU_PROFILE = "cpu/spec"
 _WITHOUT_CHECKPOINT = "sagellm/"  # models that are for random weights only
-_NEEDED_MODULES = ("zmq", "jinja2", "tokenizers", "prometheus_client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,6 @@ def choose_served_cluster(options: ServeOptions) -> ServedCluster:
     Raises:
         UserError: something is wrong with it, or missing on this machine.
     """
-    _check_installed(options.backend)
     with user_errors(ClusterFileError, BackendError, ValueError):
         is_toy = options.cluster is None and options.model is None
         cluster = _cluster(options)
@@ -77,13 +74,6 @@ def choose_served_cluster(options: ServeOptions) -> ServedCluster:
             num_threads=options.num_threads or _num_threads(num_instances),
         )
     return ServedCluster(deployment, model, is_toy)
-
-
-def _check_installed(backend: str | None) -> None:
-    needed = _NEEDED_MODULES if backend == NO_BACKEND else (*_NEEDED_MODULES, "torch", "safetensors")
-    for module in needed:
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"serving needs {module}, which is not installed; run: pip install 'sagellm[serve]'")
 
 
 def _cluster(options: ServeOptions) -> ClusterDescription:

@@ -11,8 +11,9 @@ from typing import IO
 import click
 from aiohttp import web
 
-from sagellm.commands.serve_cluster import NO_BACKEND, ServedCluster, choose_served_cluster
+from sagellm.commands.serve_cluster import ServedCluster, choose_served_cluster
 from sagellm.commands.serve_options import ServeOptions
+from sagellm.commands.serve_requirements import NO_BACKEND
 from sagellm.commands.user_error import UserError, user_errors
 from sagellm.core.config import Role
 from sagellm.core.identity import InstanceId

@@ -1,5 +1,6 @@
 """``sagellm serve`` as a user runs it: one sentence for each mistake, and a good end for each process."""
 
+import ast
 import contextlib
 import http.client
 import json
@@ -88,6 +89,15 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         2,
         f"sagellm: serving needs {missing}, which is not installed; run: pip install 'sagellm[serve]'\n",
     )
+
+
+def test_nothing_of_the_extra_is_imported_before_it_is_looked_for() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import sagellm.commands.serve, sagellm.commands.serve_requirements; "
+        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"zmq", "jinja2", "tokenizers", "prometheus_client", "torch"} & set(ast.literal_eval(imported))
 
 
 @contextmanager

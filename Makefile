@@ -1,5 +1,5 @@
-# `make demo` sets everything up and runs the main job; `make test` runs the tests.
-# Both need Python 3.11 or newer, with pip, and nothing else.
+# `make demo` sets everything up and runs the main job; `make test` runs the tests; `make serve` serves a toy.
+# They need Python 3.11 or newer, with pip, and nothing else.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find sagellm sim -name '*.py' 2>/dev/null)
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test picture lint clean
+.PHONY: demo serve test picture lint clean
 
 # Chat at a load at which the clusters differ: 80 requests/s on four cards.
 DEMO = azure-conv --rate 80 --limit 6000 --slo ttft=500ms,tpot=15ms \
@@ -16,6 +16,10 @@ DEMO = azure-conv --rate 80 --limit 6000 --slo ttft=500ms,tpot=15ms \
 demo: $(VENV)/.core-installed
 	$(BIN)/sagellm replay $(DEMO) --report report.html
 	@echo "The charts are in report.html"
+
+# A toy on the CPU, behind OpenAI's API.
+serve: $(VENV)/.serve-installed
+	$(BIN)/sagellm serve
 
 test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -n auto
@@ -43,6 +47,10 @@ $(BIN)/python:
 # Hot modules are compiled when the package is installed (hatch_build.py), so it is installed again when they change.
 $(VENV)/.core-installed: pyproject.toml hatch_build.py $(SOURCES) | $(BIN)/python
 	$(PIP) install --editable .
+	touch $@
+
+$(VENV)/.serve-installed: pyproject.toml hatch_build.py $(SOURCES) | $(BIN)/python
+	$(PIP) install --editable '.[serve]'
 	touch $@
 
 $(VENV)/.dev-installed: pyproject.toml hatch_build.py $(SOURCES) | $(BIN)/python

@@ -67,6 +67,9 @@ class InstanceOutbox(Protocol):
 
     def to_peer(self, peer_id: InstanceId, message: PeerMessage) -> None: ...
 
+    def forget_peer(self, peer_id: InstanceId) -> None:
+        """Nothing is said to that instance any more, and what it has not heard yet is dropped."""
+
 
 @dataclass(frozen=True, slots=True)
 class DriverOptions:
@@ -234,6 +237,7 @@ class InstanceDriver:
                     events.append(end)
             case PeerLost(instance_id=peer_id):
                 events.extend(self._transfers.lose_peer(peer_id))
+                self._outbox.forget_peer(peer_id)
             case Stop():
                 self._leave()
             case _:

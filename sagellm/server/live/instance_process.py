@@ -5,6 +5,7 @@ Run as ``python -m sagellm.server.live.instance_process``.
 """
 
 import ctypes
+import logging
 import math
 import os
 import select
@@ -21,12 +22,15 @@ from backends.executor_settings import ExecutorSettings
 from backends.model_runner.factory import make_executor
 from sagellm.core.identity import InstanceId
 from sagellm.server.live.instance_driver import DriverOptions, InstanceDriver
-from sagellm.server.live.wire import FromInstance, PeerMessage, Started, StartFailed, ToInstance
+from sagellm.server.live.wire import FromInstance, InstanceDied, PeerMessage, Started, StartFailed, ToInstance
 
+_LOG = logging.getLogger(__name__)
 _LENGTH = struct.Struct("<I")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LINGER_MS = 5_000
 """How long a process that leaves tries to get its last words across."""
+SWITCH_INTERVAL_S = 0.0005
+"""How long one thread of Python may keep another waiting."""
 
 
 class ProcessSettings(msgspec.Struct, frozen=True):
@@ -90,6 +94,11 @@ class InstanceSockets:
             peer.connect(self._peer_endpoints[peer_id])
         peer.send(self._encoder.encode(message), copy=False)
 
+    def forget_peer(self, peer_id: InstanceId) -> None:
+        peer = self._peers_out.pop(peer_id, None)
+        if peer is not None:
+            peer.close()
+
     def wake(self) -> None:
         """End a `wait` from any thread."""
         try:
@@ -140,9 +149,14 @@ def run(settings: ProcessSettings) -> int:
         sockets.close()
         return 1
     sockets.to_front(Started(instance_id))
-    while not driver.is_over:
-        sockets.wait(driver)
-        driver.turn()
+    try:
+        while not driver.is_over:
+            sockets.wait(driver)
+            driver.turn()
+    except Exception as error:
+        # A fault of ours: the front goes on without this instance, and is told why.
+        _LOG.exception("%s broke down", instance_id)
+        sockets.to_front(InstanceDied(instance_id, f"{type(error).__name__}: {error}"))
     sockets.close()
     driver.close()
     return 0
@@ -157,6 +171,8 @@ def die_with(parent_process_id: int) -> None:
 
 
 def main() -> None:
+    # The thread that launches steps computes in Python for milliseconds, while this one has to tell of the step before.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     # Whoever stops the server stops the front, which lets its instances finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

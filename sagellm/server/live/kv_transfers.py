@@ -60,12 +60,15 @@ class KVTransfers:
     # --- the sending end ---------------------------------------------------------------------------
 
     def start(self, transfer: TransferKV) -> KVTransferFailed | None:
-        """Send the blocks; the failure, where nobody is there to take them."""
+        """Send the blocks; the failure, where nobody is there to take them or the device does not give them."""
         target_id = transfer.target_instance_id
         if target_id in self._lost:
             return KVTransferFailed(transfer.transfer_id, f"{target_id} is lost")
+        try:
+            data = self._executor.read_blocks(transfer.source_block_ids)
+        except (ValueError, RuntimeError) as error:
+            return KVTransferFailed(transfer.transfer_id, f"{self._instance_id} cannot read the KV: {error}")
         self._outgoing[transfer.transfer_id] = _Outgoing(target_id)
-        data = self._executor.read_blocks(transfer.source_block_ids)
         message = TransferData(
             transfer.transfer_id, transfer.request_id, self._instance_id, transfer.target_block_ids, data
         )

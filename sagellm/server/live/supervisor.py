@@ -41,6 +41,7 @@ class _InstanceProcess:
         self.instance_id = settings.executor.instance.instance_id
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.listens = False  # it has said that it runs; until then nobody reads what it is told
         self.is_gone = False
         self.is_due = False  # what it said will be looked at soon
         self.last_words = ""
@@ -123,7 +124,7 @@ class InstanceProcesses:
             self._watcher.cancel()
         living = [each for each in self._processes.values() if not each.exited.done()]
         for process in living:
-            if process.started.done():
+            if process.listens:
                 self.send(process.instance_id, Stop())
             else:
                 self.kill(process.instance_id)
@@ -183,6 +184,7 @@ class InstanceProcesses:
     def _heard(self, process: _InstanceProcess, message: FromInstance) -> None:
         match message:
             case Started():
+                process.listens = True
                 if not process.started.done():
                     process.started.set_result(None)
                     self._listener.on_started(process.instance_id)

@@ -80,6 +80,9 @@ class ThreadedInstances:
         if not thread.is_killed:
             thread.inbox.put(message)
 
+    def forget_peer(self, peer_id: InstanceId) -> None:
+        """Nothing is kept for it here."""
+
     def _heard(self, message: FromInstance) -> None:
         instance_id = message.instance_id
         if instance_id in self._gone:

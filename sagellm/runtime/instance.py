@@ -205,7 +205,8 @@ class Instance:
             else:
                 scheduler.free_blocks(blocks, self._steps.done_clock)
         effects.extend(self._sender.stop(request.request_id))
-        if not is_untouched:
+        if not is_untouched or self._steps.returned:
+            # Where two steps came back together, the second has yet to be looked at, and may name it.
             self._steps.mute(request.request_id)
         if request.state is RequestState.RECEIVING:
             self._receiver.forget(request.request_id)

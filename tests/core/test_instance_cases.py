@@ -280,10 +280,11 @@ def test_repetitions_that_ended_before_the_failure_count() -> None:
     assert bench.ends() == {"a": FinishReason.LENGTH}
 
 
-def test_two_steps_that_come_back_in_one_instant() -> None:
+@pytest.mark.parametrize("num_output", [2, 10], ids=["all of it", "a part"])
+def test_two_steps_that_come_back_in_one_instant(num_output: int) -> None:
     """The first stops a request; what the second gave for it is dropped."""
     bench = Bench(steps_in_flight_max=2)
-    bench.give(assign(spec("a", 4, 10, token=0, stop=2)), assign(spec("b", 4, 10, token=1)))
+    bench.give(assign(spec("a", 4, num_output, token=0, stop=2)), assign(spec("b", 4, 10, token=1)))
     bench.now_ns += 2
     both = [StepFinished(ME, StepId(0), (1,), ((2,), (1,))), StepFinished(ME, StepId(1), (2,), ((1,), (1,)))]
     first, second = of(EmitTokens, bench.give(*both))

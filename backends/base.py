@@ -172,8 +172,12 @@ class HardwareBackend(ABC):
         """
 
     @abstractmethod
-    def create_graph(self) -> DeviceGraph:
-        """An empty graph. Raises UnsupportedError where the capabilities deny graph capture."""
+    def create_graph(self, memory_of: DeviceGraph | None = None) -> DeviceGraph:
+        """An empty graph. Raises UnsupportedError where the capabilities deny graph capture.
+
+        ``memory_of``, a captured one, shares its memory: the two must never be under way at once, and what
+        nobody holds any more of what one has made the other may write over.
+        """
 
     @abstractmethod
     def register_operators(self, registry: "KernelRegistry") -> None:

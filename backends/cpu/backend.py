@@ -121,7 +121,7 @@ class CpuBackend(TorchBackend):
         self.checked_index(device_index)
         return ImmediateEvent(enable_timing=enable_timing)
 
-    def create_graph(self) -> DeviceGraph:
+    def create_graph(self, memory_of: DeviceGraph | None = None) -> DeviceGraph:
         raise UnsupportedError("backend 'cpu' has no graph capture: its launches cost nothing that a graph would save")
 
     def register_operators(self, registry: KernelRegistry) -> None:

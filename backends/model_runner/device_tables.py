@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from backends.model_runner.captured_inputs import table_width
+from backends.model_runner.decode_graphs import CapturedStep
 from backends.model_runner.packed_arrays import Array, ArrayPacker, ArraysOnDevice, PackedArray
 from backends.model_runner.request_table import BlockWrite, RequestTable, TokenWrite
 from backends.model_runner.step_arrays import StepArrays
@@ -20,7 +22,7 @@ class PackedStep:
     """A step's arrays, in line for the device, and what the tables lack."""
 
     arrays: StepArrays
-    places: tuple[PackedArray, ...]
+    places: tuple[PackedArray, ...]  # those of `StepInputs`, or the two of a captured step
     sampled_cells: PackedArray
     token_writes: tuple[PackedArray, PackedArray] | None
     block_writes: tuple[PackedArray, PackedArray] | None
@@ -33,12 +35,11 @@ class DeviceTables:
         self._table = table
         self._device = device
         self.token_ids = torch.zeros(table.num_rows, table.num_token_columns, dtype=torch.int32, device=device)
-        self._block_ids = torch.zeros(table.num_rows, table.num_block_columns, dtype=torch.int32, device=device)
+        num_block_columns = table_width(table.num_block_columns)
+        self._block_ids = torch.zeros(table.num_rows, num_block_columns, dtype=torch.int32, device=device)
 
     def pack(self, arrays: StepArrays, packer: ArrayPacker) -> PackedStep:
         """Put everything that the device needs for the step in line, and make room for it there."""
-        self._fit()
-        table = self._table
         places = (
             packer.add(arrays.token_cells),
             packer.add(arrays.positions),
@@ -48,18 +49,66 @@ class DeviceTables:
             packer.add(arrays.table_rows),
             packer.add(arrays.sampled_rows),
         )
+        return self._packed(arrays, places, packer)
+
+    def pack_decodes(self, arrays: StepArrays, captured: CapturedStep, packer: ArrayPacker) -> PackedStep:
+        """As `pack`, for a step that is replayed."""
+        num_seqs = arrays.table_rows.size
+        cells = np.zeros((2, captured.num_seqs), np.int64)
+        cells[0, :num_seqs] = arrays.token_cells
+        cells[1, :num_seqs] = arrays.table_rows
+        places = np.zeros((2, captured.num_seqs), np.int64)
+        places[0, :num_seqs] = arrays.positions
+        places[1, :num_seqs] = arrays.slot_mapping
+        places[1, num_seqs:] = captured.spare_slot
+        return self._packed(arrays, (packer.add(cells), packer.add(places)), packer)
+
+    def _packed(self, arrays: StepArrays, places: tuple[PackedArray, ...], packer: ArrayPacker) -> PackedStep:
+        self._fit()
+        table = self._table
         sampled_cells = packer.add(arrays.sampled_cells)
         token_writes = block_writes = None
         if table.token_writes:
             cells, values = _token_cells(table.token_writes, table.num_token_columns)
             token_writes = packer.add(cells), packer.add(values)
         if table.block_writes:
-            cells, values = _block_cells(table.block_writes, table.num_block_columns)
+            cells, values = _block_cells(table.block_writes, self._block_ids.shape[1])
             block_writes = packer.add(cells), packer.add(values)
         return PackedStep(arrays, places, sampled_cells, token_writes, block_writes)
 
     def inputs(self, step: PackedStep, packed: ArraysOnDevice) -> StepInputs:
         """The step's inputs, from the arrays on the device. Brings the tables up to date first."""
+        self._update(step, packed)
+        arrays = step.arrays
+        token_cells, positions, slots, starts, context_lens, rows, sampled = (place.on(packed) for place in step.places)
+        return StepInputs(
+            token_ids=self.token_ids.view(-1).index_select(0, token_cells).to(torch.int64),
+            positions=positions,
+            slot_mapping=slots,
+            query_starts=starts,
+            context_lens=context_lens,
+            block_tables=self._tables_of(arrays).index_select(0, rows),
+            sampled_rows=sampled,
+            num_decodes=arrays.num_decodes,
+            query_len_max=arrays.query_len_max,
+            context_len_max=arrays.context_len_max,
+        )
+
+    def fill_captured(self, captured: CapturedStep, step: PackedStep, packed: ArraysOnDevice) -> None:
+        """Put the step's inputs where the captured step reads them. Brings the tables up to date first."""
+        self._update(step, packed)
+        cells, places = (place.on(packed) for place in step.places)
+        token_cells, rows = cells.unbind()
+        captured.places.copy_(places)
+        torch.index_select(self.token_ids.view(-1), 0, token_cells, out=captured.token_ids)
+        tables = self._tables_of(step.arrays)
+        torch.index_select(tables, 0, rows, out=captured.block_tables[:, : tables.shape[1]])
+
+    def _tables_of(self, arrays: StepArrays) -> torch.Tensor:
+        """As many columns of all block tables as the step's longest context has blocks, or a few more."""
+        return self._block_ids[:, : table_width(-(-arrays.context_len_max // self._table.block_size))]
+
+    def _update(self, step: PackedStep, packed: ArraysOnDevice) -> None:
         # The host's lists are cleared only now: a step that fails before leaves them to the next one.
         if step.token_writes is not None:
             cells, values = step.token_writes
@@ -69,21 +118,6 @@ class DeviceTables:
             cells, values = step.block_writes
             self._block_ids.view(-1).index_copy_(0, cells.on(packed), values.on(packed))
             self._table.block_writes.clear()
-        arrays = step.arrays
-        token_cells, positions, slots, starts, context_lens, rows, sampled = (place.on(packed) for place in step.places)
-        num_blocks_max = -(-arrays.context_len_max // self._table.block_size)
-        return StepInputs(
-            token_ids=self.token_ids.view(-1).index_select(0, token_cells).to(torch.int64),
-            positions=positions,
-            slot_mapping=slots,
-            query_starts=starts,
-            context_lens=context_lens,
-            block_tables=self._block_ids[:, :num_blocks_max].index_select(0, rows),
-            sampled_rows=sampled,
-            num_decodes=arrays.num_decodes,
-            query_len_max=arrays.query_len_max,
-            context_len_max=arrays.context_len_max,
-        )
 
     def keep_drawn(self, step: PackedStep, packed: ArraysOnDevice, token_ids: torch.Tensor) -> None:
         """Make drawn tokens, [num_sampled] int32, the last ones of their sequences."""
@@ -92,7 +126,7 @@ class DeviceTables:
     def _fit(self) -> None:
         table = self._table
         self.token_ids = _grown(self.token_ids, table.num_rows, table.num_token_columns)
-        self._block_ids = _grown(self._block_ids, table.num_rows, table.num_block_columns)
+        self._block_ids = _grown(self._block_ids, table.num_rows, table_width(table.num_block_columns))
 
 
 def _grown(tensor: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:

@@ -17,7 +17,8 @@ _STAGED_BYTES_MAX = 64 << 20
 class KVBlocks:
     """Keys and values of all layers: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim].
 
-    A block's bytes are those of all its layers, each layer's keys before its values.
+    A block's bytes are those of all its layers, each layer's keys before its values. One more block than asked
+    for is there for rows that only fill a batch up: ``spare_slot`` is its first slot.
     """
 
     def __init__(
@@ -29,9 +30,14 @@ class KVBlocks:
     ) -> None:
         self._backend = backend
         self._device_index = device_index
-        self._blocks = backend.allocate_tensor(shape, dtype, MemoryKind.DEVICE, device_index).zero_()
+        self._num_blocks, block_size = shape[2:4]
+        self.spare_slot = self._num_blocks * block_size
+        allocated = (*shape[:2], self._num_blocks + 1, *shape[3:])
+        self._blocks = backend.allocate_tensor(allocated, dtype, MemoryKind.DEVICE, device_index).zero_()
         self.tensors = KVTensors(
-            keys=[layer[0] for layer in self._blocks], values=[layer[1] for layer in self._blocks], block_size=shape[3]
+            keys=[layer[0] for layer in self._blocks],
+            values=[layer[1] for layer in self._blocks],
+            block_size=block_size,
         )
         self.block_bytes = kv_block_bytes(shape, dtype)
         self._num_staged_max = max(1, _STAGED_BYTES_MAX // self.block_bytes)
@@ -73,15 +79,14 @@ class KVBlocks:
 
     def checked(self, block_ids: tuple[int, ...], num_bytes: int) -> None:
         """Raises ExecutorError where so many bytes are not those of these blocks, or there is no such block."""
-        num_blocks = self._blocks.shape[2]
         if num_bytes != len(block_ids) * self.block_bytes:
             raise ExecutorError(
                 f"data: {num_bytes} bytes, must be {len(block_ids) * self.block_bytes} "
                 f"for {len(block_ids)} blocks of {self.block_bytes} bytes"
             )
         for block_id in block_ids:
-            if not 0 <= block_id < num_blocks:
-                raise ExecutorError(f"block_ids: {block_id} is none of {num_blocks} blocks")
+            if not 0 <= block_id < self._num_blocks:
+                raise ExecutorError(f"block_ids: {block_id} is none of {self._num_blocks} blocks")
 
     def _beside(
         self, block_ids: tuple[int, ...], stream: DeviceStream, copy_part: Callable[[torch.Tensor, slice], None]

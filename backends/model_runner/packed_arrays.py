@@ -15,6 +15,10 @@ _DTYPES: tuple[tuple[np.dtype[Any], torch.dtype], ...] = (
 )
 _SECTION_OF = {numpy_dtype: index for index, (numpy_dtype, _) in enumerate(_DTYPES)}
 
+_ALIGNMENT_BYTES = 16
+_NUM_ALIGNED = tuple(_ALIGNMENT_BYTES // dtype.itemsize for dtype, _ in _DTYPES)
+_PADDING = tuple(np.zeros(count, dtype) for count, (dtype, _) in zip(_NUM_ALIGNED, _DTYPES, strict=True))
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -67,8 +71,11 @@ class ArrayPacker:
         """Put an array in line; gives what finds it after `copy_to`."""
         section = _SECTION_OF[array.dtype]
         arrays = self._sections[section]
+        place = PackedArray(section, len(arrays) // 2, array.shape)
         arrays.append(array if array.ndim == 1 else array.reshape(-1))
-        return PackedArray(section, len(arrays) - 1, array.shape)
+        # Each array begins as the allocator's memory does: a kernel is compiled anew for pointers that do not.
+        arrays.append(_PADDING[section][: -array.size % _NUM_ALIGNED[section]])
+        return place
 
     def copy_to(self, device: torch.device) -> ArraysOnDevice:
         """Copy, without waiting for it. On the CPU the arrays lie in the staging buffer itself."""
@@ -86,6 +93,6 @@ class ArrayPacker:
         start = 0
         for counts, count, (_, torch_dtype) in zip(sizes, num_bytes, _DTYPES, strict=True):
             section = packed[start : start + count].view(torch_dtype)
-            sections.append(torch.split(section, counts) if counts else ())
+            sections.append(torch.split(section, counts)[::2] if counts else ())
             start += count
         return ArraysOnDevice(tuple(sections))

@@ -6,15 +6,16 @@ import torch
 
 from backends.base import HardwareBackend
 from backends.memory import MemoryKind
-from backends.model_runner.device_tables import DeviceTables
+from backends.model_runner.decode_graphs import CapturedStep, DecodeGraphs
+from backends.model_runner.device_tables import DeviceTables, PackedStep
 from backends.model_runner.kv_blocks import KVBlocks
 from backends.model_runner.loaded_model import LoadedModel
-from backends.model_runner.packed_arrays import ArrayPacker, StagingBuffer
+from backends.model_runner.packed_arrays import ArrayPacker, ArraysOnDevice, StagingBuffer
 from backends.model_runner.request_table import RequestTable
 from backends.model_runner.sampler.device_draw_plan import PackedDrawPlan
 from backends.model_runner.sampler.draw_plan import DrawPlan, plan_drawing
 from backends.model_runner.sampler.sampler import DrawnLogprobs, Sampler
-from backends.model_runner.step_arrays import step_arrays
+from backends.model_runner.step_arrays import StepArrays, step_arrays
 from sagellm.core.plan import StepPlan
 from sagellm.core.step_executor import TokenLogprobs
 
@@ -69,6 +70,7 @@ class StepRunner:
         self.requests = RequestTable(kv.tensors.block_size, vocab_size, model.num_positions)
         self._tables = DeviceTables(self.requests, self._device)
         self._sampler = Sampler(vocab_size, self._device)
+        self.decode_graphs = DecodeGraphs(model.program, kv, model.num_positions, backend, device_index)
 
     def run(self, plan: StepPlan, memory: StepMemory) -> StepTokens:
         """Launch the step on the current stream.
@@ -81,12 +83,15 @@ class StepRunner:
         draw_plan = plan_drawing(
             self.requests.parameters, arrays.sampled_table_rows, arrays.sampled_positions, self._vocab_size
         )
+        captured = self._captured_step(arrays)
         packer = ArrayPacker(memory.staging)
-        packed_step = self._tables.pack(arrays, packer)
+        if captured is None:
+            packed_step = self._tables.pack(arrays, packer)
+        else:
+            packed_step = self._tables.pack_decodes(arrays, captured, packer)
         packed_draw = PackedDrawPlan(draw_plan, packer)
         packed = packer.copy_to(self._device)
-        inputs = self._tables.inputs(packed_step, packed)
-        logits = self._model.program.run(inputs, self._kv.tensors)
+        logits = self._logits(captured, packed_step, packed)
         num_sampled = draw_plan.num_rows
         host_drawn = memory.drawn[:num_sampled]
         if not num_sampled:
@@ -96,6 +101,19 @@ class StepRunner:
         self._tables.keep_drawn(packed_step, packed, token_ids)
         host_drawn.copy_(token_ids.masked_fill_(tokens.is_invalid, -1), non_blocking=True)
         return StepTokens(host_drawn, draw_plan, None if tokens.logprobs is None else _on_host(tokens.logprobs))
+
+    def _captured_step(self, arrays: StepArrays) -> CapturedStep | None:
+        if arrays.num_decodes < arrays.table_rows.size:
+            return None
+        return self.decode_graphs.step_for(arrays.num_decodes, arrays.context_len_max)
+
+    def _logits(self, captured: CapturedStep | None, step: PackedStep, packed: ArraysOnDevice) -> torch.Tensor:
+        """[num_sampled, vocab_size] float32."""
+        if captured is None:
+            return self._model.program.run(self._tables.inputs(step, packed), self._kv.tensors)
+        self._tables.fill_captured(captured, step, packed)
+        captured.graph.replay()
+        return captured.logits[: step.arrays.num_decodes]
 
 
 def _on_host(logprobs: DrawnLogprobs) -> DrawnLogprobs:

@@ -18,10 +18,10 @@ import torch
 from backends.base import HardwareBackend
 from backends.executor_settings import ExecutorSettings
 from backends.model_runner.executor_error import ExecutorError
-from backends.model_runner.kv_blocks import KVBlocks, kv_block_bytes
-from backends.model_runner.loaded_model import LoadedModel, LoadModel, load_model
+from backends.model_runner.kv_blocks import KVBlocks
+from backends.model_runner.loaded_model import LoadModel, load_model
+from backends.model_runner.runner_start import device_name, started_runner
 from backends.model_runner.step_runner import StepMemory, StepRunner, StepTokens
-from backends.model_runner.warm_up import WarmUp, largest_steps, small_steps
 from backends.registry import get_backend
 from backends.streams import DeviceEvent, DeviceStream
 from sagellm.core.identity import BlockId, RequestId
@@ -29,7 +29,6 @@ from sagellm.core.messages import RunStep, StepFailed, StepFinished
 from sagellm.core.request import RequestSpec
 from sagellm.core.step_executor import StepOutcome, TokenLogprobs
 
-_GIB = 1 << 30
 _JOIN_S = 10.0
 
 _Result = TypeVar("_Result")
@@ -154,62 +153,7 @@ class TorchStepExecutor:
         return self._runner
 
     def _load(self) -> None:
-        """Load the model, take memory, and run everything once."""
-        settings, backend = self._settings, self._backend
-        try:
-            model = self._load_model(settings, backend)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise ExecutorError(
-                f"model: the weights of {settings.model} do not fit into the memory of {self._device_name()}, "
-                f"of which {self._free_gib():.1f} GiB are free; give it a smaller model or a larger device"
-            ) from error
-        self._kv = self._take_kv_memory(model)
-        self._runner = StepRunner(model, self._kv, backend, self._device_index)
-        self._warm_up(model)
-
-    def _take_kv_memory(self, model: LoadedModel) -> KVBlocks:
-        instance = self._instance
-        shape = (model.num_layers, 2, instance.num_blocks, instance.block_size, model.num_kv_heads, model.head_dim)
-        block_bytes = kv_block_bytes(shape, model.kv_dtype)
-        needed_gib = block_bytes * instance.num_blocks / _GIB
-        free_gib = self._free_gib()
-        refusal = ExecutorError(
-            f"num_blocks: KV memory of {instance.num_blocks} blocks of {block_bytes} bytes needs {needed_gib:.2f} GiB, "
-            f"but {self._device_name()} has {free_gib:.2f} GiB free beside the weights; "
-            f"at most {int(free_gib * _GIB / block_bytes)} blocks fit"
-        )
-        if needed_gib > free_gib:
-            raise refusal
-        try:
-            return KVBlocks(self._backend, self._device_index, shape, model.kv_dtype)
-        except MemoryError as error:
-            raise refusal from error
-
-    def _warm_up(self, model: LoadedModel) -> None:
-        instance = self._instance
-        steps = largest_steps if self._works_beside_host else small_steps
-        try:
-            self._run_warm_up(steps(instance, model.num_positions))
-            self._backend.synchronize(self._device_index)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise ExecutorError(
-                f"num_blocks: {instance.num_blocks} blocks of KV leave too little of {self._device_name()} for a step "
-                f"of {instance.max_num_batched_tokens} tokens; lower num_blocks or max_num_batched_tokens"
-            ) from error
-
-    def _run_warm_up(self, warm_up: WarmUp) -> None:
-        runner = self._started()
-        memory = self._step_memory()
-        for request in warm_up.requests:
-            runner.requests.add(request, ())
-        for plan in warm_up.plans:
-            runner.run(plan, memory)
-            self._backend.synchronize(self._device_index)
-        for request in warm_up.requests:
-            runner.requests.remove(request.request_id)
-        assert self._kv is not None
-        self._kv.clear()
-        self._spare_memory.put(memory)
+        self._runner, self._kv = started_runner(self._settings, self._backend, self._load_model)
 
     def _run_step(self, step: RunStep) -> None:
         if self._death.locked():
@@ -309,11 +253,7 @@ class TorchStepExecutor:
         return self._kv
 
     def _device_name(self) -> str:
-        return f"{self._settings.backend}:{self._device_index}"
-
-    def _free_gib(self) -> float:
-        memory = self._backend.memory_info(self._device_index)
-        return (memory.free_bytes + memory.reserved_bytes - memory.allocated_bytes) / _GIB
+        return device_name(self._settings)
 
 
 def _outcome(launched: _LaunchedStep, end_ns: int) -> StepOutcome:

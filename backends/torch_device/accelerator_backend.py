@@ -137,10 +137,11 @@ class AcceleratorBackend(TorchBackend):
     def create_event(self, *, enable_timing: bool = False, device_index: int | None = None) -> DeviceEvent:
         return AcceleratorEvent(self.torch_device(device_index), enable_timing=enable_timing)
 
-    def create_graph(self) -> DeviceGraph:
+    def create_graph(self, memory_of: DeviceGraph | None = None) -> DeviceGraph:
         if not self._accelerator.graph_class:
             raise UnsupportedError(f"backend {self.name!r} has no graph capture")
-        return AcceleratorGraph(self._module, self._accelerator.graph_class)
+        assert memory_of is None or isinstance(memory_of, AcceleratorGraph), "a graph of another backend"
+        return AcceleratorGraph(self._module, self._accelerator.graph_class, memory_of)
 
 
 def _capability(properties: Any) -> str:

@@ -64,22 +64,34 @@ class AcceleratorEvent(DeviceEvent):
 class AcceleratorGraph(DeviceGraph):
     """A graph of the vendor's torch module; torch.accelerator has none in torch 2.11.
 
-    ``module`` has ``graph(graph)``, which captures, and ``graph_class`` with ``replay`` and ``reset``.
+    ``module`` has ``Stream``, ``graph(graph, pool, stream)``, which captures, and ``graph_class`` with
+    ``pool``, ``replay`` and ``reset``. Memory is only shared by captures on one and the same stream.
     """
 
-    def __init__(self, module: ModuleType, graph_class: str) -> None:
+    def __init__(self, module: ModuleType, graph_class: str, memory_of: "AcceleratorGraph | None" = None) -> None:
         self._module = module
         self._graph_class = graph_class
+        self._memory_of = memory_of
         self._native: Any = None
+        self._capture_stream: Any = None
 
     @contextmanager
     def capture(self) -> Iterator[None]:
         if self._native is not None:
             raise GraphError("the graph was captured before; reset it first, or make another one")
         native = getattr(self._module, self._graph_class)()
-        with self._module.graph(native):
+        pool, stream = None, self._capture_stream
+        if self._memory_of is not None and self._memory_of._native is not None:
+            pool, stream = self._memory_of._native.pool(), self._memory_of._capture_stream
+        if stream is None:
+            stream = self._module.Stream()
+        # A capture that fails may leave its stream the current one; work of other threads is none of its business.
+        with (
+            torch.accelerator.current_stream(),
+            self._module.graph(native, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             yield
-        self._native = native
+        self._native, self._capture_stream = native, stream
 
     def replay(self) -> None:
         if self._native is None:

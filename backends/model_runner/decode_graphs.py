@@ -1,0 +1,130 @@
+"""Steps in which every sequence decodes one token, captured once in device graphs and replayed from then on.
+
+A graph saves the host from launching each operator. It is made for a number of sequences; a step with fewer
+fills up with rows that are of no account.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import TextIO
+
+import torch
+
+from backends.base import HardwareBackend
+from backends.errors import BackendError
+from backends.model_runner.batch_sizes import captured_sizes, smallest_size
+from backends.model_runner.captured_inputs import CapturedInputs
+from backends.model_runner.count_progress import CountProgress
+from backends.model_runner.kv_blocks import KVBlocks
+from backends.step_inputs import ModelProgram
+from backends.streams import DeviceGraph
+
+_LOG = logging.getLogger(__name__)
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedStep:
+    """A graph and the memory that belongs to its number of sequences."""
+
+    num_seqs: int
+    spare_slot: int  # where rows write that only fill the step up
+    graph: DeviceGraph
+    token_ids: torch.Tensor  # [num_seqs] int32
+    places: torch.Tensor  # [2, num_seqs] int64: positions and slots
+    block_tables: torch.Tensor  # [num_seqs, num_blocks_max] int32
+    logits: torch.Tensor  # [num_seqs, vocab_size] float32
+
+
+class DecodeGraphs:
+    """The captured steps of one model on one device. They share their memory: one of them runs at a time."""
+
+    def __init__(
+        self, program: ModelProgram, kv: KVBlocks, num_positions: int, backend: HardwareBackend, device_index: int
+    ) -> None:
+        self._program = program
+        self._kv = kv
+        self._num_positions = num_positions
+        self._backend = backend
+        self._device_index = device_index
+        self._steps: dict[int, CapturedStep] = {}
+        self._sizes: tuple[int, ...] = ()
+        self.capture_s = 0.0
+        self.memory_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def capture(self, num_seqs_max: int, terminal: TextIO) -> None:
+        """Capture steps of up to so many sequences, large ones first, whose memory serves the smaller ones.
+
+        What is captured writes to nobody's block only. Where a step cannot be captured, one line of warning
+        says why, and no more are captured: smaller ones then run as the smallest that was, or operator by operator.
+        """
+        begin_bytes = self._reserved_bytes()
+        sizes = captured_sizes(num_seqs_max)
+        progress = CountProgress(terminal, f"{self._device_name()} decode graphs", len(sizes))
+        try:
+            inputs = CapturedInputs(
+                sizes[-1],
+                self._num_positions,
+                self._kv.tensors.block_size,
+                self._kv.spare_slot,
+                self._backend.torch_device(self._device_index),
+            )
+            # Compilers and libraries set themselves up in steps that are not captured.
+            for size in reversed(sizes):
+                inputs.fill_up(size)
+                self._run(size, inputs, None)
+            for size in reversed(sizes):
+                self._steps[size] = self._captured(size, inputs)
+                progress.advance()
+        except (RuntimeError, MemoryError, BackendError) as error:
+            self._warn(_first_line(error), sizes)
+        self._sizes = tuple(sorted(self._steps))
+        self.memory_bytes = max(0, self._reserved_bytes() - begin_bytes)
+        self.capture_s = progress.end(f", {self.memory_bytes / _GIB:.2f} GiB")
+
+    def step_for(self, num_seqs: int, context_len_max: int) -> CapturedStep | None:
+        """The captured step that so many decodes fit into; None where they are to be launched one by one."""
+        if context_len_max > self._num_positions:
+            return None
+        size = smallest_size(self._sizes, num_seqs)
+        return self._steps[size] if size else None
+
+    def _captured(self, size: int, inputs: CapturedInputs) -> CapturedStep:
+        largest = next(iter(self._steps.values()), None)
+        graph = self._backend.create_graph(None if largest is None else largest.graph)
+        with graph.capture():
+            logits = self._run(size, inputs, largest)
+        block_tables = inputs.block_tables[:size]
+        spare_slot, token_ids = self._kv.spare_slot, inputs.token_ids[:size]
+        return CapturedStep(size, spare_slot, graph, token_ids, inputs.places(size), block_tables, logits)
+
+    def _run(self, size: int, inputs: CapturedInputs, largest: CapturedStep | None) -> torch.Tensor:
+        """The step's logits, in the memory of those of the largest step."""
+        logits = self._program.run(inputs.step_inputs(size), self._kv.tensors)
+        return logits if largest is None else largest.logits[:size].copy_(logits)
+
+    def _warn(self, reason: str, sizes: tuple[int, ...]) -> None:
+        num_seqs = next(size for size in reversed(sizes) if size not in self._steps)
+        instead = f"filled up to {min(self._steps)}" if self._steps else "launched operator by operator"
+        name = self._device_name()
+        _LOG.warning("%s: decode steps of up to %d sequences are %s, not captured: %s", name, num_seqs, instead, reason)
+
+    def _device_name(self) -> str:
+        return f"{self._backend.name}:{self._device_index}"
+
+    def _reserved_bytes(self) -> int:
+        """Of what is in use, on the whole: the allocator keeps nothing for later."""
+        self._backend.synchronize(self._device_index)
+        self._backend.release_cached_memory()
+        return self._backend.memory_info(self._device_index).reserved_bytes
+
+
+def _first_line(error: BaseException) -> str:
+    """Of the error that all others came of."""
+    while error.__context__ is not None:
+        error = error.__context__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

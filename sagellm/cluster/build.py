@@ -13,6 +13,7 @@ from sagellm.cost_model.profile import Profile
 from sagellm.cost_model.step_cost import StepCostModel
 from sagellm.models.known_models import load_model
 from sagellm.models.model_shape import ModelShape
+from sagellm.runtime.execution_graph.tensors import StepSizes
 
 STATUSES = ("measured", "spec", "estimate")
 """How far a number can be trusted, best first."""
@@ -74,6 +75,18 @@ def build_cluster(
     )
 
 
+def room_for_kv(
+    profile: Profile, model: ModelShape, group: InstanceGroup, memory_utilization: float | None = None
+) -> int:
+    """KV tokens that fit beside the weights and the largest step of such an instance.
+
+    Raises ValueError where not even one fits.
+    """
+    utilization = group.memory_utilization if memory_utilization is None else memory_utilization
+    largest_step = StepSizes(group.max_num_batched_tokens, group.max_num_seqs, group.max_num_seqs)
+    return kv_capacity_tokens(profile, model, group.tp, utilization, largest_step)
+
+
 def make_link(link: str | CustomLink) -> Link:
     """The link of that name, or the one described; raises ValueError for an unknown name."""
     if isinstance(link, str):
@@ -97,7 +110,7 @@ def _control_plane_config(cluster: ClusterDescription, model: ModelShape) -> Con
 def _instance_config(
     instance_id: InstanceId, group: InstanceGroup, profile: Profile, model: ModelShape, fast_forward: bool
 ) -> InstanceConfig:
-    kv_tokens = group.kv_tokens or kv_capacity_tokens(profile, model, group.tp, group.memory_utilization)
+    kv_tokens = group.kv_tokens or room_for_kv(profile, model, group)
     # With more ranks than KV heads, some ranks hold copies.
     num_kv_heads = model.kv_heads_per_rank(group.tp) * group.tp
     config = InstanceConfig(

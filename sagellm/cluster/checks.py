@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from backends.profile_files import list_profiles, load_profile
+from sagellm.cluster.build import room_for_kv
 from sagellm.cluster.description import ClusterDescription, InstanceGroup
 from sagellm.cluster.errors import suggestion
 from sagellm.cluster.yaml_lines import FieldPath, ParsedYaml
@@ -11,7 +12,6 @@ from sagellm.control_plane.routing import ROUTING_NAMES
 from sagellm.control_plane.strategies.base import STRATEGY_NAMES
 from sagellm.core.config import Role
 from sagellm.cost_model.factory import make_step_cost_model
-from sagellm.cost_model.kv_capacity import kv_capacity_tokens
 from sagellm.cost_model.link import LINKS
 from sagellm.cost_model.profile import FittedProfile
 from sagellm.kv_policy.eviction import EVICTION_POLICIES
@@ -100,8 +100,8 @@ def _check_model_fits(model: ModelShape, group: InstanceGroup, path: FieldPath, 
         profile = load_profile(group.profile)
         if isinstance(profile, FittedProfile):
             make_step_cost_model(profile, model, group.tp)
-        num_tokens = kv_capacity_tokens(profile, model, group.tp, group.memory_utilization)
-        num_tokens_at_most = kv_capacity_tokens(profile, model, group.tp, 1.0)
+        num_tokens = room_for_kv(profile, model, group)
+        num_tokens_at_most = room_for_kv(profile, model, group, 1.0)
     except ValueError as error:
         raise parsed.error(path, str(error)) from error
     if num_tokens < group.block_size:

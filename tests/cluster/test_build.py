@@ -33,6 +33,14 @@ def test_kv_fills_the_memory_that_is_left() -> None:
     assert most.num_token_slots * most.kv_bytes_per_token < 141e9 * 0.9
 
 
+@pytest.mark.parametrize(("profile", "makes_room"), [("h200/spec", True), ("h200/vllm-0.22.1-qwen2.5-7b", False)])
+def test_smaller_steps_leave_more_room_where_nobody_has_measured_it(profile: str, makes_room: bool) -> None:
+    text = "model: Qwen/Qwen2.5-7B\ninstances: [{profile: %s, max_num_batched_tokens: %d}]\n"
+    small, large = (build(text % (profile, num_tokens)).instances[0].config.num_blocks for num_tokens in (512, 32768))
+    assert (small > large) == makes_room
+    assert (small == large) != makes_room
+
+
 def test_ranks_that_outnumber_kv_heads_hold_copies() -> None:
     one, eight = (
         build(f"model: Qwen/Qwen2.5-32B\ninstances: [{{device: h200, tp: {tp}}}]\n").instances[0].config

@@ -2,7 +2,7 @@
 
 import torch
 
-from backends.base import HardwareBackend
+from backends.base import DrawTokens, HardwareBackend
 from backends.cuda.operator_kernels import register_kernels, triton_is_installed
 from backends.device_info import BackendCapabilities, KVLayout
 from backends.errors import BackendUnavailableError
@@ -61,6 +61,13 @@ class CudaBackend(AcceleratorBackend):
             collectives="nccl",
             visible_devices_variable=_CUDA.visible_devices_variable,
         )
+
+    def token_drawing(self) -> DrawTokens | None:
+        if not self.capabilities().grid_kernels:
+            return None
+        from backends.cuda.kernels.sampling import draw_tokens
+
+        return draw_tokens
 
     def register_operators(self, registry: KernelRegistry) -> None:
         register_kernels(registry, self.name, usable=self.capabilities().grid_kernels)

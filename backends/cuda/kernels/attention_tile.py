@@ -62,17 +62,17 @@ def attend(
         values = tl.load(value_head + value_places[:, None] + columns[None, :])
     keys, values = keys.to(query.dtype), values.to(query.dtype)
 
-    scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
     if MASKED:
         visible = is_seen[None, :] & (key_positions[None, :] <= query_positions[:, None])
         if WINDOW > 0:
             visible = visible & (key_positions[None, :] > query_positions[:, None] - WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
-    new_max = tl.maximum(score_max, tl.max(scores, axis=1))
+    new_max = tl.maximum(score_max, tl.max(scores, axis=1) * scale)
     # A row that has seen no key yet has the maximum -inf, and -inf less -inf is not a number.
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     shrink = tl.exp2(score_max - finite_max)
-    weights = tl.exp2(scores - finite_max[:, None])
+    weights = tl.exp2(scores * scale - finite_max[:, None])
     weight_sum = weight_sum * shrink + tl.sum(weights, axis=1)
     result = tl.dot(weights.to(query.dtype), values, result * shrink[:, None], input_precision="ieee")
     return result, weight_sum, new_max

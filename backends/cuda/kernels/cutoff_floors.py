@@ -87,7 +87,7 @@ def _floor(
     return low
 
 
-@triton.jit(do_not_specialize=["row_stride", "vocab_size"])
+@triton.jit(do_not_specialize_on_alignment=["temperatures", "top_ks", "top_ps", "min_ps"])
 def _cutoff_floors(
     logits, temperatures, top_ks, top_ps, min_ps, floors, row_stride, vocab_size,
     HAS_TOP_K: tl.constexpr, HAS_TOP_P: tl.constexpr, HAS_MIN_P: tl.constexpr, COLUMNS: tl.constexpr,

@@ -14,10 +14,13 @@ import triton
 import triton.language as tl
 
 from backends.cuda.kernels.attention_tile import attend_range
-from backends.cuda.kernels.tile_shapes import decode_tile, head_columns
+from backends.cuda.kernels.tile_shapes import TileShape, head_columns
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(
+    do_not_specialize=["num_parts", "table_row_stride"],
+    do_not_specialize_on_alignment=["context_lens", "block_tables"],
+)
 def _decode_attention(
     query, key_cache, value_cache, out, part_results, part_scores, context_lens, block_tables,
     query_row_stride, out_row_stride,
@@ -69,12 +72,13 @@ def _decode_attention(
         tl.store(out + places, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _join_parts(
     part_results,
     part_scores,
     out,
     out_row_stride,
+    num_parts,
     PARTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -83,11 +87,12 @@ def _join_parts(
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     parts, columns = tl.arange(0, PARTS), tl.arange(0, COLUMNS)
-    places = (sequence * tl.num_programs(1) + head) * PARTS + parts
-    scores = tl.load(part_scores + places)
+    is_part = parts < num_parts
+    places = (sequence * tl.num_programs(1) + head) * num_parts + parts
+    scores = tl.load(part_scores + places, mask=is_part, other=float("-inf"))
     score_max = tl.max(scores, axis=0)
     weights = tl.exp2(scores - tl.where(score_max == float("-inf"), 0.0, score_max))
-    inside = (columns < HEAD_DIM)[None, :]
+    inside = is_part[:, None] & (columns < HEAD_DIM)[None, :]
     results = tl.load(part_results + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
     weight_sum = tl.sum(weights, axis=0)
     joined = tl.sum(results * weights[:, None], axis=0) / tl.where(weight_sum == 0.0, 1.0, weight_sum)
@@ -103,14 +108,15 @@ def decode_attention(
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
     num_parts: int,
+    shape: TileShape,
     *,
     scale: float,
     sliding_window: int,
 ) -> None:
     """Attention of the first rows of ``query``, one for each of ``context_lens``, into those of ``out``.
 
-    Each sequence's own keys are cut into ``num_parts`` parts, a power of two, on the device: a captured
-    launch stays right for any context.
+    Each sequence's own keys are cut into ``num_parts`` parts on the device: a captured launch stays right for
+    any context.
     """
     num_seqs = context_lens.shape[0]
     if num_seqs == 0:
@@ -118,7 +124,6 @@ def decode_attention(
     _, block_size, num_kv_heads, head_dim = key_cache.shape
     num_heads = query.shape[1] // head_dim
     group = num_heads // num_kv_heads
-    shape = decode_tile(head_dim, group, query.element_size())
     part_results, part_scores = out, out
     if num_parts > 1:
         part_shape = (num_seqs, num_heads, num_parts)
@@ -157,7 +162,8 @@ def decode_attention(
             part_scores,
             out,
             out.stride(0),
-            PARTS=num_parts,
+            num_parts,
+            PARTS=triton.next_power_of_2(num_parts),
             HEAD_DIM=head_dim,
             COLUMNS=head_columns(head_dim),
         )

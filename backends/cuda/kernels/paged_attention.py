@@ -4,7 +4,7 @@ import torch
 
 from backends.cuda.kernels.decode_attention import decode_attention
 from backends.cuda.kernels.prefill_attention import prefill_attention
-from backends.cuda.kernels.tile_shapes import num_decode_parts
+from backends.cuda.kernels.tile_shapes import decode_tile, num_decode_parts, prefill_tile
 from backends.step_inputs import StepInputs
 
 HEAD_DIM_MAX = 256
@@ -24,10 +24,12 @@ def attention(
     Launches depend on sizes that the host knows, never on what is on the device.
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    heads = (head_dim, query.shape[1] // head_dim // num_kv_heads, query.element_size())
     num_decodes, num_seqs = inputs.num_decodes, inputs.context_lens.shape[0]
     if num_decodes:
         num_parts = num_decode_parts(
-            num_decodes * key_cache.shape[2],
+            num_decodes * num_kv_heads,
             min(inputs.context_len_max, sliding_window or inputs.context_len_max),
             num_compute_units(query.device),
         )
@@ -39,6 +41,7 @@ def attention(
             inputs.context_lens[:num_decodes],
             inputs.block_tables[:num_decodes],
             num_parts,
+            decode_tile(*heads),
             scale=scale,
             sliding_window=sliding_window,
         )
@@ -52,6 +55,7 @@ def attention(
             inputs.context_lens[num_decodes:],
             inputs.block_tables[num_decodes:],
             query.shape[0] - num_decodes,
+            prefill_tile(*heads),
             scale=scale,
             sliding_window=sliding_window,
         )

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from backends.cuda.kernels.attention_tile import attend_range
-from backends.cuda.kernels.tile_shapes import head_columns, prefill_tile
+from backends.cuda.kernels.tile_shapes import TileShape, head_columns
 
 
 @triton.jit
@@ -30,7 +30,10 @@ def _sequence_of_tile(tile, query_starts, num_seqs, TOKENS: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "table_row_stride"],
+    do_not_specialize_on_alignment=["query_starts", "context_lens", "block_tables"],
+)
 def _prefill_attention(
     query, key_cache, value_cache, out, query_starts, context_lens, block_tables, num_seqs,
     query_row_stride, out_row_stride,
@@ -92,6 +95,7 @@ def prefill_attention(
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
     num_rows: int,
+    shape: TileShape,
     *,
     scale: float,
     sliding_window: int,
@@ -106,7 +110,6 @@ def prefill_attention(
         return
     _, block_size, num_kv_heads, head_dim = key_cache.shape
     group = query.shape[1] // head_dim // num_kv_heads
-    shape = prefill_tile(head_dim, group, query.element_size())
     tokens = shape.num_rows // group
     grid = (num_rows // tokens + num_seqs, num_kv_heads)
     _prefill_attention[grid](

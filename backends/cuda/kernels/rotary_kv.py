@@ -46,7 +46,7 @@ def _turned_heads(
     return turned_first.to(dtype), turned_second.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slot_mapping"])
 def _rotary_kv_write(
     query, key, value, positions, cos_sin, query_weight, key_weight, slot_mapping, out, key_cache, value_cache,
     query_row_stride, key_row_stride, value_row_stride,

@@ -43,7 +43,7 @@ def _exponentials(first_key, second_key, token_ids):
     return tl.where(uniform < 0.015625, near_zero, -tl.log(1.0 - uniform))
 
 
-@triton.jit(do_not_specialize=["row_stride", "vocab_size"])
+@triton.jit(do_not_specialize_on_alignment=["temperatures", "seeds", "positions"])
 def _draw_parts(
     logits, temperatures, seeds, positions, floors, part_values, part_token_ids, part_is_finite,
     row_stride, vocab_size,

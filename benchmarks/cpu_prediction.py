@@ -1,18 +1,22 @@
 """How well the simulator predicts a server on this CPU, with a profile that is fitted to it here and now.
 
-    python benchmarks/cpu_prediction.py --model sagellm/toy [--shrink N] [--json FILE] [--folder FOLDER]
+    python benchmarks/cpu_prediction.py --model sagellm/toy [--json FILE] [--profile-out PROFILE]
+    python benchmarks/cpu_prediction.py --model sagellm/qwen3-100m --shrink 32
 
-1. ``python -m sim.calibration measure`` times the executor's own steps and fits a profile.
-2. A server is calibrated: 32 streams at once, then requests one after the other, then Poisson arrivals.
-   ``python -m sim.calibration serving`` adds what serving adds. The 32 streams give tokens/s, TTFT and
-   the core's share of a step.
-3. The prediction: 200 other requests (another seed) are sent to a new server and to the simulator.
-4. The executor is measured once more: what has changed since is the machine's drift, and no error of a
-   prediction.
+One server with a log, one torch thread, and one client, whose replays take turns:
+
+1. 32 streams at once: tokens/s, TTFT, and the core's share of the time.
+2. Calibration: requests at a few rates around that of the prediction, each time another seed.
+3. Prediction: 200 requests of a seed that no calibration uses; 2 and 3 several times over, and 2 once more.
+
+A profile is fitted to the log of the calibration alone (``sim.calibration``), and the 200 requests are
+simulated with it. A figure of the server is the median of its repetitions. What steps of each replay took
+longer than the fitted table says is shown, too: that is the machine's drift where it differs from replay to
+replay, and what others had of the machine is shown beside it.
 
 Lengths are those of the Azure 2023 conversation trace, divided by ``--shrink``; the rate of arrivals is
-``--load`` times what the 32 streams reached. One torch thread, so that a core is left for the front and
-the client. Definitions: TTFT is first token minus sending, TPOT (E2E - TTFT) / (output tokens - 1).
+``--load`` times what the 32 streams reached, low enough that server and client leave some of the two cores
+unused. Definitions: TTFT is first token minus sending, TPOT (E2E - TTFT) / (output tokens - 1).
 """
 
 import argparse
@@ -20,6 +24,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,32 +35,44 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from backends.profile_files import read_profile
+from sagellm.cluster.build import build_cluster
+from sagellm.cluster.description import ClusterDescription, InstanceGroup
 from sagellm.cost_model.profile import FittedProfile
+from sagellm.load_client.endpoint import Endpoint
+from sagellm.load_client.replay_on_server import LoadSettings, replay_on_server
+from sim.calibration.measured_profile import measured_profile
+from sim.calibration.profile_writer import write_profile
+from sim.calibration.served_log import LoggedReplay, read_replays
+from sim.calibration.serving_command import serving_measurement
+from sim.calibration.serving_fit import ServedReplay, fit_serving, time_ratio
+from sim.cluster_file import sim_cluster
+from sim.replay import replay
+from sim.report.statistics import Distribution
+from sim.report.summary import RunSummary, summarise
 from traces.generators.generate import generate
 from traces.request_trace import Trace, TraceRequest
-from traces.writer import write_trace
 
 LIMIT = 0.10
-FIGURES = tuple(
-    f"{statistic}_{metric}_ms" for metric in ("ttft", "tpot", "e2el") for statistic in ("mean", "median", "p90")
-)
+DEVICE_PROFILE = "cpu/spec"
 NUM_STREAMS = 32
-NUM_ALONE = 20
-NUM_CALIBRATION = 100
 NUM_PREDICTED = 200
-GAP_NS = 50_000_000
+CALIBRATION_RATES = (1.0, 0.7, 1.3)  # of the prediction's, in turn
 READY_S = 300.0
-CALIBRATION_SEED, PREDICTION_SEED = 1, 2
-CLUSTER_TEXT = """\
-name: cpu-here
-model: {model}
-instances:
-  - profile: {profile}
-    max_num_seqs: {max_num_seqs}
-    max_num_batched_tokens: {max_num_batched_tokens}
-    kv_tokens: {kv_tokens}
-"""
+LOG_S = 1.5  # within which a server writes what it keeps of its log, and says how it is
+CALIBRATION_SEED, PREDICTION_SEED = 1, 1000
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One replay on the server, by the nonce of its requests. Processor time is in cores, on average."""
+
+    nonce: str
+    summary: RunSummary
+    ttft_ms: dict[int, float]
+    server_cores: float
+    client_cores: float
+    other_cores: float  # what anybody else on this machine used meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +80,22 @@ class Result:
     """All figures of one model. Relative errors are simulated / served - 1."""
 
     model: str
-    streams: dict[str, float]  # with 32 at once
+    shrink: int
+    hardware: str
+    output_tokens_per_s: float  # of 32 streams, as the rest up to the core's share
+    streams: dict[str, float]
     core_us_per_step: float
-    core_share: float  # of the time in which the instance had work
-    rate: float
-    served: dict[str, float]
+    core_share: float
+    rate: float  # of the prediction's arrivals, a second
+    repetitions: list[dict[str, float]]
+    served: dict[str, float]  # medians of the repetitions
     simulated: dict[str, float]
     errors: dict[str, float]
-    drift: dict[str, float]  # prices measured after / before - 1
+    steps_took: dict[str, float]  # by replay: their time over what the table says
+    cores: dict[str, tuple[float, float, float]]  # by replay: server, client, others
+    fit_error: str
+    request_us: float
+    duration_s: float
     passes: bool
 
 
@@ -87,65 +112,94 @@ def main() -> int:
 
 
 def predict(options: argparse.Namespace, folder: Path) -> Result:
-    before, served_profile, after = folder / "before.json", folder / "served.json", folder / "after.json"
-    _measure(options, before)
-    cluster = _write_cluster(options, before, folder / "calibrated.yaml")
-    streams, core_us, core_share = _calibrate(options, folder, cluster, before, served_profile)
-    rate = options.load * streams["request_throughput"]
-    trace = folder / "predicted.jsonl"
-    write_trace(_poisson(NUM_PREDICTED, PREDICTION_SEED, rate, options.shrink), trace)
-    cluster = _write_cluster(options, served_profile, folder / "predicted.yaml")
-    out = folder / "predicted.json"
-    with _server(options, cluster, None) as url:
-        _sagellm("replay", trace, "--on", "sim", "--cluster", cluster, "--on", url, "--json", out)
-    report = json.loads(out.read_text())
-    simulated, served = report["runs"]
-    errors = {figure: report["differences"][0]["relative"][figure] for figure in FIGURES}
-    _measure(options, after)
+    started_s = time.monotonic()
+    log = folder / "server.log.jsonl"
+    with _server(options, folder, log) as server:
+        server.send("warmup", _streams(options, NUM_STREAMS))
+        core_before = server.core_counters()
+        streams = server.send("streams", _streams(options, 4 * NUM_STREAMS))
+        core_s, num_steps = (end - begin for begin, end in zip(core_before, server.core_counters(), strict=True))
+        assert streams.summary.request_throughput is not None
+        assert streams.summary.duration_s is not None
+        rate = options.load * streams.summary.request_throughput
+        predicted = _poisson(options, NUM_PREDICTED, PREDICTION_SEED, rate)
+        calibrations, predictions = _take_turns(options, server, predicted, rate)
+    logged = read_replays(log)
+    profile, request_us = _fitted(options, [ServedReplay(logged[sent.nonce], sent.ttft_ms) for sent in calibrations])
+    write_profile(profile, options.profile_out or folder / "profile.json")
+    simulated = _figures(_simulated(options, options.profile_out or folder / "profile.json", predicted))
+    repetitions = [_figures(sent.summary) for sent in predictions]
+    served = {figure: statistics.median(each[figure] for each in repetitions) for figure in simulated}
+    errors = {figure: simulated[figure] / served[figure] - 1 for figure in simulated}
+    everything = [streams, *(sent for pair in zip(calibrations, predictions, strict=False) for sent in pair)]
+    everything.append(calibrations[-1])
     return Result(
         model=options.model,
-        streams=streams,
-        core_us_per_step=core_us,
-        core_share=core_share,
+        shrink=options.shrink,
+        hardware=profile.header.hardware,
+        output_tokens_per_s=streams.summary.output_throughput or 0.0,
+        streams=_figures(streams.summary),
+        core_us_per_step=1e6 * core_s / num_steps,
+        core_share=core_s / streams.summary.duration_s,
         rate=rate,
-        served={figure: served[figure] for figure in FIGURES},
-        simulated={figure: simulated[figure] for figure in FIGURES},
+        repetitions=repetitions,
+        served=served,
+        simulated=simulated,
         errors=errors,
-        drift=_drift(before, after),
-        passes=all(abs(error) <= LIMIT for error in errors.values()) and served["completed"] == NUM_PREDICTED,
+        steps_took={sent.nonce: _time_ratio(profile, logged[sent.nonce]) for sent in everything},
+        cores={sent.nonce: (sent.server_cores, sent.client_cores, sent.other_cores) for sent in everything},
+        fit_error=profile.header.fit_error,
+        request_us=request_us,
+        duration_s=time.monotonic() - started_s,
+        passes=all(abs(error) <= LIMIT for error in errors.values())
+        and all(sent.summary.completed == NUM_PREDICTED for sent in predictions),
     )
 
 
-def _calibrate(
-    options: argparse.Namespace, folder: Path, cluster: Path, before: Path, out: Path
-) -> tuple[dict[str, float], float, float]:
-    """The profile with what serving adds; figures of 32 streams; the core's microseconds and share of a step."""
-    log, poisson = folder / "calibration.log.jsonl", folder / "calibration.jsonl"
-    alone, alone_out = folder / "alone.jsonl", folder / "alone.csv"
-    streams_trace, streams_out = folder / "streams.jsonl", folder / "streams.json"
-    write_trace(_streams(options.shrink), streams_trace)
-    write_trace(_alone(options.shrink), alone)
-    with _server(options, cluster, log) as url:
-        # The first run on a server also wakes up what no later one pays for.
-        _sagellm("replay", streams_trace, "--on", url, "--limit", NUM_STREAMS)
-        began = _core_counters(url)
-        _sagellm("replay", streams_trace, "--on", url, "--json", streams_out)
-        ended = _core_counters(url)
-        (streams,) = json.loads(streams_out.read_text())["runs"]
-        _sagellm("replay", alone, "--on", url, "--requests", alone_out)
-        rate = options.load * streams["request_throughput"]
-        write_trace(_poisson(NUM_CALIBRATION, CALIBRATION_SEED, rate, options.shrink), poisson)
-        _sagellm("replay", poisson, "--on", url)
-    fit = ("--profile", before, "--cluster", cluster, "--trace", alone, "--log", log, "--requests", alone_out)
-    _python("-m", "sim.calibration", "serving", *fit, "--out", out)
-    core_s, num_steps = (end - begin for begin, end in zip(began, ended, strict=True))
-    names = (*FIGURES, "output_throughput", "request_throughput", "duration_s")
-    return {name: streams[name] for name in names}, 1e6 * core_s / num_steps, core_s / streams["duration_s"]
+def _take_turns(
+    options: argparse.Namespace, server: "Server", predicted: Trace, rate: float
+) -> tuple[list[Sent], list[Sent]]:
+    """Calibration, prediction, calibration, and so on, so that what changes over minutes is in both."""
+    calibrations, predictions = [], []
+    for turn in range(options.repetitions + 1):
+        seed, own_rate = CALIBRATION_SEED + turn, rate * CALIBRATION_RATES[turn % len(CALIBRATION_RATES)]
+        trace = _poisson(options, options.num_calibration, seed, own_rate)
+        calibrations.append(server.send(f"calibration{turn}", trace))
+        if turn < options.repetitions:
+            predictions.append(server.send(f"prediction{turn}", predicted))
+    return calibrations, predictions
 
 
-def _streams(shrink: int) -> Trace:
+def _fitted(options: argparse.Namespace, replays: Sequence[ServedReplay]) -> tuple[FittedProfile, float]:
+    fit = fit_serving(replays)
+    measurement = serving_measurement(options.model, "cpu", DEVICE_PROFILE, 1, fit)
+    return measured_profile(measurement, fit.table, round(fit.request_us * 1e3)), fit.request_us
+
+
+def _simulated(options: argparse.Namespace, profile: Path, trace: Trace) -> RunSummary:
+    return summarise(replay(sim_cluster(build_cluster(_cluster(options, str(profile)))), trace).metrics, {})
+
+
+def _time_ratio(profile: FittedProfile, logged: LoggedReplay) -> float:
+    return time_ratio(profile.table, logged.steps)
+
+
+def _figures(summary: RunSummary) -> dict[str, float]:
+    figures = {}
+    for name in ("ttft", "tpot", "e2el"):
+        distribution = getattr(summary, name)
+        assert isinstance(distribution, Distribution)
+        for statistic in ("mean", "median", "p90"):
+            figures[f"{statistic}_{name}_ms"] = getattr(distribution, f"{statistic}_ms")
+    return figures
+
+
+# --- traces ---------------------------------------------------------------------------------------------
+
+
+def _streams(options: argparse.Namespace, num_requests: int) -> Trace:
     """32 clients, each sending its next request when it has the answer to the one before."""
-    requests = _poisson(4 * NUM_STREAMS, CALIBRATION_SEED, 1.0, shrink).requests
+    requests = _poisson(options, num_requests, CALIBRATION_SEED, 1.0).requests
     chained = [
         replace(request, arrival_ns=0, previous=index - NUM_STREAMS if index >= NUM_STREAMS else None, gap_ns=0)
         for index, request in enumerate(requests)
@@ -153,81 +207,97 @@ def _streams(shrink: int) -> Trace:
     return Trace("streams", tuple(chained))
 
 
-def _alone(shrink: int) -> Trace:
-    """Requests of which each is sent when the one before it has been over for a while."""
-    requests = _poisson(NUM_ALONE, CALIBRATION_SEED, 1.0, shrink).requests
-    chained = [
-        replace(request, arrival_ns=0, previous=index - 1 if index else None, gap_ns=GAP_NS)
-        for index, request in enumerate(requests)
-    ]
-    return Trace("alone", tuple(chained))
-
-
-def _poisson(num_requests: int, seed: int, rate: float, shrink: int) -> Trace:
-    return _shrunk(generate("poisson", num_requests=num_requests, seed=seed, rate=rate), shrink)
-
-
-def _shrunk(trace: Trace, shrink: int) -> Trace:
-    def one(request: TraceRequest) -> TraceRequest:
+def _poisson(options: argparse.Namespace, num_requests: int, seed: int, rate: float) -> Trace:
+    def shrunk(request: TraceRequest) -> TraceRequest:
         return replace(
             request,
-            num_prompt_tokens=max(1, request.num_prompt_tokens // shrink),
-            num_output_tokens=max(2, request.num_output_tokens // shrink),
+            num_prompt_tokens=max(1, request.num_prompt_tokens // options.shrink),
+            num_output_tokens=max(2, request.num_output_tokens // options.shrink),
         )
 
-    return replace(trace, requests=tuple(one(request) for request in trace.requests))
+    trace = generate("poisson", num_requests=num_requests, seed=seed, rate=rate)
+    return replace(trace, requests=tuple(shrunk(request) for request in trace.requests))
 
 
-def _drift(before: Path, after: Path) -> dict[str, float]:
-    """How prices of three kinds of steps have changed."""
-    first, last = read_profile(before), read_profile(after)
-    assert isinstance(first, FittedProfile)
-    assert isinstance(last, FittedProfile)
-    return {
-        "one decode": last.table.decode_base_fs[0] / max(1, first.table.decode_base_fs[0]) - 1,
-        "most decodes": last.table.decode_base_fs[-1] / max(1, first.table.decode_base_fs[-1]) - 1,
-        "longest chunk": last.table.mixed_base_fs[-1] / max(1, first.table.mixed_base_fs[-1]) - 1,
-    }
+# --- the server -----------------------------------------------------------------------------------------
 
 
-# --- processes ------------------------------------------------------------------------------------------
+class Server:
+    """A server process that is up, and what it and its instance use of the processor."""
 
+    def __init__(self, process_id: int, url: str) -> None:
+        self._url = url
+        children = Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
+        self._process_ids = [process_id, *map(int, children)]
 
-def _measure(options: argparse.Namespace, out: Path) -> None:
-    sizes = ("max_num_seqs", "max_num_batched_tokens", "kv_tokens", "request_tokens_max", "case_tokens_max", "rounds")
-    given = [word for name in sizes for word in (f"--{name.replace('_', '-')}", getattr(options, name))]
-    _python("-m", "sim.calibration", "measure", "--model", options.model, "--num-threads", 1, *given, "--out", out)
+    def send(self, nonce: str, trace: Trace) -> Sent:
+        print(f"{nonce}: {len(trace.requests)} requests", file=sys.stderr, flush=True)
+        began = self._processor_s()
+        result = replay_on_server(LoadSettings(Endpoint(self._url), nonce=nonce), trace)
+        server_s, client_s, all_s = (end - begin for begin, end in zip(began, self._processor_s(), strict=True))
+        records = result.metrics.requests.items()
+        ttft_ms = {int(index): record.ttft_ns / 1e6 for index, record in records if record.ttft_ns is not None}
+        time.sleep(LOG_S)
+        return Sent(
+            nonce,
+            summarise(result.metrics, {}),
+            ttft_ms,
+            server_s / result.wall_s,
+            client_s / result.wall_s,
+            max(0.0, all_s - server_s - client_s) / result.wall_s,
+        )
 
+    def core_counters(self) -> tuple[float, float]:
+        """Seconds that instances have spent on decisions, and their steps."""
+        with urllib.request.urlopen(f"{self._url}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
 
-def _write_cluster(options: argparse.Namespace, profile: Path, path: Path) -> Path:
-    path.write_text(
-        CLUSTER_TEXT.format(
-            model=options.model,
-            profile=profile,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            kv_tokens=options.kv_tokens,
-        ),
-        encoding="utf-8",
-    )
-    return path
+        def total(name: str) -> float:
+            return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+        return total("sagellm:instance_core_seconds_total"), total("sagellm:instance_steps_total")
+
+    def _processor_s(self) -> tuple[float, float, float]:
+        """Of the server's processes, of this one, and of the whole machine."""
+        server = 0
+        for process_id in self._process_ids:
+            fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+            server += int(fields[11]) + int(fields[12])
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        machine = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        busy = sum(machine) - machine[3] - machine[4]
+        return server / CLOCK_TICKS, time.process_time(), busy / CLOCK_TICKS
 
 
 @contextmanager
-def _server(options: argparse.Namespace, cluster: Path, log: Path | None) -> Iterator[str]:
+def _server(options: argparse.Namespace, folder: Path, log: Path) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    cluster = folder / "cluster.yaml"
+    limits = asdict(_cluster(options, DEVICE_PROFILE).instances[0])
+    names = ("profile", "max_num_seqs", "max_num_batched_tokens", "kv_tokens")
+    cluster.write_text(json.dumps({"model": options.model, "instances": [{name: limits[name] for name in names}]}))
     command = [sys.executable, "-m", "sagellm", "serve", "--cluster", str(cluster), "--backend", "cpu"]
     command += ["--load-format", "dummy", "--num-threads", "1", "--host", "127.0.0.1", "--port", str(port)]
-    command += [] if log is None else ["--log", str(log)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+    with subprocess.Popen([*command, "--log", str(log)], stdout=subprocess.DEVNULL) as process:
         try:
-            _wait_until_ready(server, f"http://127.0.0.1:{port}")
-            yield f"http://127.0.0.1:{port}"
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_ready(process, url)
+            yield Server(process.pid, url)
         finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def _cluster(options: argparse.Namespace, profile: str) -> ClusterDescription:
+    group = InstanceGroup(
+        profile,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        kv_tokens=options.kv_tokens,
+    )
+    return ClusterDescription("cpu-here", options.model, (group,))
 
 
 def _wait_until_ready(server: "subprocess.Popen[bytes]", url: str) -> None:
@@ -243,59 +313,48 @@ def _wait_until_ready(server: "subprocess.Popen[bytes]", url: str) -> None:
     raise RuntimeError(f"the server was not ready within {READY_S:g} s")
 
 
-def _core_counters(url: str) -> tuple[float, float]:
-    """Seconds that instances have spent on decisions, and their steps, when what they last said has arrived."""
-    time.sleep(1.5)
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-
-    def total(name: str) -> float:
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-    return total("sagellm:instance_core_seconds_total"), total("sagellm:instance_steps_total")
-
-
-def _sagellm(*arguments: object) -> None:
-    _python("-m", "sagellm", *arguments)
-
-
-def _python(*arguments: object) -> None:
-    words = [str(argument) for argument in arguments]
-    print(f"$ python {' '.join(words)}", file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, *words], check=True, stdout=sys.stderr, env={**os.environ})
+# --- the command line -------------------------------------------------------------------------------------
 
 
 def _text(result: Result) -> str:
-    rows = [f"{result.model}, {NUM_PREDICTED} requests at {result.rate:.2f} requests/s", ""]
-    rows.append(f"{'':<12}{'served':>12}{'simulated':>12}{'error':>10}")
-    for figure in FIGURES:
+    rows = [f"{result.model} on {result.hardware}: {NUM_PREDICTED} requests at {result.rate:.2f} a second", ""]
+    rows.append(f"{'':<12}{'served':>10}{'simulated':>11}{'error':>9}{'':>6}  repetitions")
+    for figure, simulated in result.simulated.items():
         statistic, metric, _ = figure.split("_")
-        values = f"{result.served[figure]:>12.2f}{result.simulated[figure]:>12.2f}{result.errors[figure]:>+10.1%}"
-        rows.append(f"{metric.upper():<5} {statistic:<6}{values}")
-    streams = result.streams
+        error = result.errors[figure]
+        verdict = "ok" if abs(error) <= LIMIT else "MISS"
+        values = f"{result.served[figure]:>10.2f}{simulated:>11.2f}{error:>+9.1%}{verdict:>6}"
+        each = " ".join(f"{repetition[figure]:.2f}" for repetition in result.repetitions)
+        rows.append(f"{metric.upper():<5} {statistic:<6}{values}  {each}")
     rows += [
         "",
-        f"{NUM_STREAMS} streams: {streams['output_throughput']:.0f} output tokens/s, TTFT p50 "
-        f"{streams['median_ttft_ms']:.0f} ms, TPOT p50 {streams['median_tpot_ms']:.2f} ms",
-        f"core: {result.core_us_per_step:.0f} us a step, {result.core_share:.1%} of the time",
-        "drift: " + ", ".join(f"{name} {change:+.1%}" for name, change in result.drift.items()),
-        f"within {LIMIT:.0%}: {'yes' if result.passes else 'no'}",
+        f"{NUM_STREAMS} streams: {result.output_tokens_per_s:.0f} output tokens/s, TTFT p50 "
+        f"{result.streams['median_ttft_ms']:.1f} ms, TPOT p50 {result.streams['median_tpot_ms']:.2f} ms",
+        f"core: {result.core_us_per_step:.0f} us a step, {result.core_share:.2%} of the time",
+        f"a request on its way in and out: {result.request_us:.0f} us",
+        f"fit: {result.fit_error}",
+        "",
+        f"{'replay':<14}{'steps over table':>17}{'server':>8}{'client':>8}{'others':>8}  (cores)",
     ]
+    for nonce, ratio in result.steps_took.items():
+        server, client, others = result.cores[nonce]
+        rows.append(f"{nonce:<14}{ratio - 1:>+17.1%}{server:>8.2f}{client:>8.2f}{others:>8.2f}")
+    rows.append(f"within {LIMIT:.0%}: {'yes' if result.passes else 'no'} ({result.duration_s:.0f} s)")
     return "\n".join(rows)
 
 
 def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sagellm/toy")
-    parser.add_argument("--shrink", type=int, default=8, help="lengths of the trace are divided by this")
-    parser.add_argument("--load", type=float, default=0.6, help="of what 32 streams reach")
+    parser.add_argument("--shrink", type=int, default=4, help="lengths of the trace are divided by this")
+    parser.add_argument("--load", type=float, default=0.5, help="of what 32 streams reach")
+    parser.add_argument("--repetitions", type=int, default=3, help="of the predicted replay")
+    parser.add_argument("--num-calibration", type=int, default=100, help="requests of each calibration")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-num-batched-tokens", type=int, default=512)
     parser.add_argument("--kv-tokens", type=int, default=65536)
-    parser.add_argument("--request-tokens-max", type=int, default=1024)
-    parser.add_argument("--case-tokens-max", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="keep all files here")
+    parser.add_argument("--profile-out", type=Path, metavar="PROFILE", help="keep the fitted profile here")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
 

@@ -1,7 +1,7 @@
 """``python -m sim.calibration``: from measured steps to profiles.
 
-``measure`` times the steps of an executor here and fits a profile to them; ``serving`` adds what a server
-adds to them; ``fit`` makes the shipped profiles of vLLM from its recorded steps.
+``measure`` times the steps of an executor here and fits a profile to them; ``serving`` fits one to the log of
+a server; ``fit`` makes the shipped profiles of vLLM from its recorded steps.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """``python -m sim.calibration measure``: a profile of a model on this machine, from its executor's own steps."""
 
 import argparse
-import platform
 import sys
 import time
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from pathlib import Path
 from backends.errors import BackendError
 from backends.executor_settings import ExecutorSettings
 from backends.profile_files import load_profile
-from sagellm import __version__
 from sagellm.core.config import InstanceConfig
 from sagellm.core.identity import InstanceId
-from sagellm.cost_model.profile import EngineMemory, FittedProfile, ProfileHeader
-from sagellm.models.known_models import load_model
+from sagellm.cost_model.profile import FittedProfile
+from sim.calibration.measured_profile import Measurement, measured_profile
 from sim.calibration.probe_design import probe_cases, probe_range
 from sim.calibration.probed_instance import Case, ProbedInstance
 from sim.calibration.profile_writer import write_profile
@@ -81,35 +79,16 @@ def executor_settings(options: MeasureOptions) -> ExecutorSettings:
 def fitted_profile(options: MeasureOptions, steps: list[TimedStep]) -> FittedProfile:
     """Raises ValueError where the steps are too few, or model or device profile are not known."""
     table = fit_table(steps)
-    device = load_profile(options.device_profile)
-    return FittedProfile(
-        header=ProfileHeader(
-            name=f"{options.backend}/measured",
-            hardware=hardware_name(options),
-            engine=f"sageLLM {__version__}, {options.backend} backend",
-            date=time.strftime("%Y-%m-%d"),
-            source="python -m sim.calibration measure: steps of the executor, two in flight, without a server",
-            status="measured",
-            fit_error=errors_text(step_errors(table, steps)),
-            notes=(f"{len(steps)} steps; device sheet of {options.device_profile}",),
-        ),
-        device=device.device,
-        model=load_model(options.model),
-        tp=1,
-        table=table,
-        memory=EngineMemory(device.memory.memory_utilisation, device.memory.activation_bytes),
-        request_overhead_ns=REQUEST_OVERHEAD_NS,
+    measurement = Measurement(
+        model=options.model,
+        backend=options.backend,
+        device_profile=options.device_profile,
+        num_threads=options.num_threads,
+        source="python -m sim.calibration measure: steps of the executor, two in flight, without a server",
+        fit_error=errors_text(step_errors(table, steps)),
+        notes=(f"{len(steps)} steps",),
     )
-
-
-def hardware_name(options: MeasureOptions) -> str:
-    """The device by name, and how much of it was used."""
-    if options.backend != "cpu":
-        from backends.registry import get_backend
-
-        return get_backend(options.backend).get_device_info(0).name
-    threads = f"{options.num_threads} threads" if options.num_threads else "threads as torch likes"
-    return f"{platform.processor() or platform.machine()}, {threads}"
+    return measured_profile(measurement, table, REQUEST_OVERHEAD_NS)
 
 
 def add_measure_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

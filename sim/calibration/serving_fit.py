@@ -1,8 +1,9 @@
-"""What serving adds to an executor's own steps: to each step, its sequences and tokens, and to each request.
+"""A profile from a server's own log, and from what its clients saw meanwhile.
 
-An executor that is measured by itself has its process, and often its processor, to itself. Served, it
-shares them with the driver around it, with the front process and, on one machine, with the clients.
-These are terms of their own here, fitted to one run of a server, never a factor on the prices.
+An executor that is measured by itself has its process, and often its processor, to itself. Served, it shares
+them with the driver around it, with the front process and, on one machine, with the clients. A price that is
+fitted to steps of a server holds all of that, at loads like those that it was fitted to; and what a request
+needs on its way in and out is what its client waited longer than its steps took.
 """
 
 import csv
@@ -11,129 +12,100 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sagellm.cluster.build import build_cluster
-from sagellm.cluster.description import ClusterDescription
-from sagellm.core.log import read_log
-from sagellm.core.run_metrics import RunMetrics
-from sagellm.cost_model.profile import FittedProfile
-from sim.calibration.profile_writer import write_profile
-from sim.calibration.table_fit import StepShare, serving_share, with_serving_share
-from sim.calibration.timed_steps import TimedStep, logged_steps
-from sim.cluster_file import sim_cluster
-from sim.replay import replay
-from traces.request_trace import Trace
+from sagellm.cost_model.price_table import StepPriceTable, TabulatedStepCost
+from sim.calibration.served_log import LoggedReplay
+from sim.calibration.table_fit import StepErrors, fit_table, price_us, step_errors
+from sim.calibration.timed_steps import TimedStep
 
-ALONE_MIN = 5
-"""Requests that met no other; fewer say nothing of what a request needs on its way."""
+REQUESTS_MIN = 5
+"""Fewer say nothing of what a request needs on its way."""
 
 
 @dataclass(frozen=True, slots=True)
-class ServedRequest:
-    """One request of the calibration run, as its client saw it."""
+class ServedReplay:
+    """A replay as the server's log has it, and each request's TTFT as its client saw it, in milliseconds."""
 
-    arrival_s: float
-    ttft_ms: float
-    e2el_ms: float
+    logged: LoggedReplay
+    ttft_ms: Mapping[int, float]
+
+    def overheads_us(self) -> list[float]:
+        """For each request what its client waited for the first token beyond queueing and computing."""
+        return [
+            1e3 * self.ttft_ms[index] - request.inner_ttft_ns / 1e3
+            for index, request in self.logged.requests.items()
+            if index in self.ttft_ms and request.first_end_ns
+        ]
 
 
 @dataclass(frozen=True, slots=True)
-class ServingShare:
-    """What serving adds. ``request_us`` is for the way in and out once: HTTP, queues, processes, the client."""
+class ServingFit:
+    """Prices of steps as they are served, and of a request's way in and out (HTTP, queues, processes, client)."""
 
-    step: StepShare
+    table: StepPriceTable
     request_us: float
+    num_steps: int
+    num_requests: int
+    errors: tuple[StepErrors, ...]  # of the table, on the very steps
 
-    def __str__(self) -> str:
-        return f"{self.step}, {self.request_us:.0f} us a request"
 
-
-def fit_serving(
-    profile: FittedProfile,
-    cluster: ClusterDescription,
-    trace: Trace,
-    steps: Sequence[TimedStep],
-    requests: Mapping[int, ServedRequest],
-    out: Path,
-) -> ServingShare:
-    """Write the profile with what serving adds to ``out``.
-
-    ``steps`` and ``requests`` are of one run of ``trace`` on a server of ``cluster``; some of its requests
-    must have met no other.
+def fit_serving(replays: Sequence[ServedReplay]) -> ServingFit:
+    """All replays together.
 
     Raises:
-        ValueError: none did.
+        ValueError: they have too few steps of a kind, or too few requests that completed.
     """
-    step_share = serving_share(profile.table, steps)
-    served = replace(profile, table=with_serving_share(profile.table, step_share), request_overhead_ns=0)
-    write_profile(served, out)
-    groups = tuple(replace(group, profile=str(out)) for group in cluster.instances)
-    metrics = replay(sim_cluster(build_cluster(replace(cluster, instances=groups))), trace).metrics
-    share = ServingShare(step_share, request_us(requests, metrics))
-    write_profile(_with_share(served, share, len(steps)), out)
-    return share
+    steps = [step for replay in replays for step in replay.logged.steps]
+    overheads_us = [value for replay in replays for value in replay.overheads_us()]
+    if len(overheads_us) < REQUESTS_MIN:
+        raise ValueError(
+            f"{len(overheads_us)} requests are in both the log and the client's records; the fit needs "
+            f"{REQUESTS_MIN} or more"
+        )
+    table = _of_equal_sum(fit_table(steps), steps)
+    request_us = max(0.0, _trimmed_mean(overheads_us))
+    return ServingFit(table, request_us, len(steps), len(overheads_us), tuple(step_errors(table, steps)))
 
 
-def request_us(requests: Mapping[int, ServedRequest], simulated: RunMetrics) -> float:
-    """The median of what the first token came later than simulated, of requests that met no other.
+def _of_equal_sum(table: StepPriceTable, steps: Sequence[TimedStep]) -> StepPriceTable:
+    """The table made to give what decodes took all together, and so what steps with chunks took.
 
-    Raises:
-        ValueError: there are fewer than ``ALONE_MIN``.
+    The fit counts steps that took far longer than others as less than they were. Yet a request waits for
+    them, too, and what counts for it is the sum.
     """
-    simulated_ms = {
-        int(request_id): record.ttft_ns / 1e6
-        for request_id, record in simulated.requests.items()
-        if record.ttft_ns is not None
-    }
-    alone = [index for index in alone_requests(requests) if index in simulated_ms]
-    if len(alone) < ALONE_MIN:
-        raise ValueError(f"{len(alone)} requests of the run met no other; the fit needs {ALONE_MIN} or more")
-    return max(0.0, 1e3 * statistics.median(requests[index].ttft_ms - simulated_ms[index] for index in alone))
+    decode = time_ratio(table, [step for step in steps if not step.features.chunks])
+    mixed = time_ratio(table, [step for step in steps if step.features.chunks])
+    return replace(
+        table,
+        decode_base_fs=tuple(round(price * decode) for price in table.decode_base_fs),
+        decode_context_fs=tuple(round(price * decode) for price in table.decode_context_fs),
+        mixed_base_fs=tuple(round(price * mixed) for price in table.mixed_base_fs),
+        mixed_seq_fs=round(table.mixed_seq_fs * mixed),
+        mixed_context_fs=round(table.mixed_context_fs * mixed),
+        token_pair_fs=round(table.token_pair_fs * mixed),
+    )
 
 
-def alone_requests(requests: Mapping[int, ServedRequest]) -> list[int]:
-    """Those in whose time, from sending to the last token, no other was under way."""
-    spans = sorted((r.arrival_s, r.arrival_s + r.e2el_ms / 1e3, index) for index, r in requests.items())
-    alone = []
-    latest_end_s = float("-inf")
-    for place, (start_s, end_s, index) in enumerate(spans):
-        next_start_s = spans[place + 1][0] if place + 1 < len(spans) else float("inf")
-        if start_s >= latest_end_s and end_s <= next_start_s:
-            alone.append(index)
-        latest_end_s = max(latest_end_s, end_s)
-    return alone
+def _trimmed_mean(values: Sequence[float]) -> float:
+    """Without the highest and the lowest twentieth."""
+    num_left_out = len(values) // 20
+    return statistics.fmean(sorted(values)[num_left_out : len(values) - num_left_out])
 
 
-def read_served_steps(path: Path) -> list[TimedStep]:
-    """From the log of `sagellm serve --log`. Raises ValueError where it is none, or cannot be read."""
-    try:
-        with path.open("rb") as lines:
-            _, records = read_log(lines, str(path))
-            return logged_steps(records)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the log of a server") from error
+def time_ratio(table: StepPriceTable, steps: Sequence[TimedStep]) -> float:
+    """How much longer the steps took, all together, than the table says."""
+    model = TabulatedStepCost(table, "measured", 0)
+    return sum(step.device_us for step in steps) / sum(price_us(model, step.features) for step in steps)
 
 
-def read_served_requests(path: Path) -> dict[int, ServedRequest]:
+def read_client_ttft_ms(path: Path) -> dict[int, float]:
     """From ``sagellm replay --on URL --requests FILE``: requests that completed, by their number in the trace.
 
     Raises ValueError where the file is not of that form.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return {
-                int(row["request_id"]): ServedRequest(
-                    float(row["arrival_s"]), float(row["ttft_ms"]), float(row["e2el_ms"])
-                )
-                for row in csv.DictReader(file)
-                if row["e2el_ms"]
-            }
+            return {int(row["request_id"]): float(row["ttft_ms"]) for row in csv.DictReader(file) if row["e2el_ms"]}
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give the requests of a replay") from error
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: not what `sagellm replay --requests` writes ({error!r})") from error
-
-
-def _with_share(profile: FittedProfile, share: ServingShare, num_steps: int) -> FittedProfile:
-    note = f"serving adds {share}, fitted to {num_steps} steps of a run on a server"
-    header = replace(profile.header, notes=(*profile.header.notes, note))
-    return replace(profile, header=header, request_overhead_ns=round(share.request_us * 1e3))

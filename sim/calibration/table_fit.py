@@ -1,7 +1,7 @@
 """Fits a price table to timed steps, whatever the device: piecewise linear in sizes, linear in what attention reads."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,21 +24,6 @@ class StepErrors:
     median: float
     median_absolute: float
     p90_absolute: float
-
-
-@dataclass(frozen=True, slots=True)
-class StepShare:
-    """Microseconds that serving adds to a step, to each sequence of it, and to each token of one with chunks."""
-
-    step_us: float
-    seq_us: float
-    mixed_token_us: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.step_us:.0f} us a step, {self.seq_us:.1f} us a sequence of it, "
-            f"{self.mixed_token_us:.1f} us a token of one with chunks"
-        )
 
 
 def fit_table(steps: Sequence[TimedStep]) -> StepPriceTable:
@@ -74,32 +59,6 @@ def fit_table(steps: Sequence[TimedStep]) -> StepPriceTable:
         host_base_fs=_fs(host_base_us),
         host_seq_fs=_fs(host_seq_us),
     )
-
-
-def with_serving_share(table: StepPriceTable, share: StepShare) -> StepPriceTable:
-    """The table with what a step takes longer where it is served."""
-    knots = zip(table.decode_base_fs, table.decode_num_seqs, strict=True)
-    mixed_knots = zip(table.mixed_base_fs, table.mixed_num_tokens, strict=True)
-    return replace(
-        table,
-        decode_base_fs=tuple(base + _fs(share.step_us + share.seq_us * size) for base, size in knots),
-        mixed_base_fs=tuple(base + _fs(share.step_us + share.mixed_token_us * size) for base, size in mixed_knots),
-        mixed_seq_fs=table.mixed_seq_fs + _fs(share.seq_us),
-    )
-
-
-def serving_share(table: StepPriceTable, served: Sequence[TimedStep]) -> StepShare:
-    """What served steps take longer than the table says.
-
-    None of it is negative: a step is not quicker for being served.
-    """
-    if len(served) < STEPS_PER_KNOT_MIN:
-        return StepShare(0.0, 0.0, 0.0)
-    model = TabulatedStepCost(table, "measured", 0)
-    rows = [[1.0, float(step.num_seqs), float(step.num_tokens) if step.features.chunks else 0.0] for step in served]
-    excess = [step.device_us - price_us(model, step.features) for step in served]
-    usual_us = float(np.median([step.device_us for step in served]))
-    return StepShare(*_fit_nonnegative(rows, excess, usual_us))
 
 
 def step_errors(table: StepPriceTable, steps: Sequence[TimedStep]) -> list[StepErrors]:

@@ -25,6 +25,22 @@ from sagellm.server.live.threaded_instances import ThreadedInstances
 from sagellm.server.prometheus.serving_metrics import ServingMetrics
 from sim.calibration.timed_steps import features_of
 
+US = 10**9  # femtoseconds
+TRUTH = StepPriceTable(
+    graph_sizes=(),
+    decode_num_seqs=(1, 8),
+    decode_base_fs=(900 * US, 1_300 * US),
+    decode_context_fs=(US // 5, US // 5),
+    mixed_num_tokens=(1, 128),
+    mixed_base_fs=(1_000 * US, 4_000 * US),
+    mixed_floor_fs=0,
+    mixed_seq_fs=20 * US,
+    mixed_context_fs=US // 4,
+    token_pair_fs=US // 20,
+    chunk_context_fs=0,
+    host_base_fs=0,
+    host_seq_fs=0,
+)
 NS_PER_FS = 1e-6
 
 

@@ -1,0 +1,76 @@
+"""What a measured profile says of itself beside its prices: the machine, the software, the day."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from backends.profile_files import load_profile
+from sagellm import __version__
+from sagellm.cost_model.price_table import StepPriceTable
+from sagellm.cost_model.profile import EngineMemory, FittedProfile, ProfileHeader
+from sagellm.models.known_models import load_model
+
+PROCESSORS_FILE = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What was measured, and how. ``device_profile`` names the profile whose device sheet is taken over."""
+
+    model: str
+    backend: str
+    device_profile: str
+    num_threads: int  # of the CPU backend; 0: as torch likes
+    source: str
+    fit_error: str
+    notes: tuple[str, ...] = ()
+
+
+def measured_profile(measurement: Measurement, table: StepPriceTable, request_overhead_ns: int) -> FittedProfile:
+    """Raises ValueError where the model or the device profile is not known."""
+    device = load_profile(measurement.device_profile)
+    return FittedProfile(
+        header=ProfileHeader(
+            name=f"{measurement.backend}/measured",
+            hardware=hardware_name(measurement.backend, measurement.num_threads),
+            engine=f"sageLLM {__version__}, {measurement.backend} backend{_torch_version(measurement.backend)}",
+            date=time.strftime("%Y-%m-%d"),
+            source=measurement.source,
+            status="measured",
+            fit_error=measurement.fit_error,
+            notes=(f"device sheet of {measurement.device_profile}", *measurement.notes),
+        ),
+        device=device.device,
+        model=load_model(measurement.model),
+        tp=1,
+        table=table,
+        memory=EngineMemory(device.memory.memory_utilisation, device.memory.activation_bytes),
+        request_overhead_ns=request_overhead_ns,
+    )
+
+
+def hardware_name(backend: str, num_threads: int) -> str:
+    """The device by name, and how much of it was used."""
+    if backend not in ("cpu", "none"):
+        from backends.registry import get_backend
+
+        return get_backend(backend).get_device_info(0).name
+    names = _processor_names()
+    processor = f"{len(names)} x {names[0]}" if names else "a processor without a name"
+    return f"{processor}, {f'{num_threads} threads' if num_threads else 'threads as torch likes'}"
+
+
+def _processor_names() -> Sequence[str]:
+    if not PROCESSORS_FILE.exists():
+        return ()
+    lines = PROCESSORS_FILE.read_text(encoding="utf-8").splitlines()
+    return [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+
+
+def _torch_version(backend: str) -> str:
+    if backend == "none":
+        return ""
+    import torch
+
+    return f", torch {torch.__version__}"

@@ -6,7 +6,7 @@ knows the accelerator, ``backends.torch_device`` implements nearly all of it.
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from backends.device_info import BackendCapabilities, DeviceInfo, MemoryInfo
 from backends.kernel_launch import Kernel, KernelConfig
@@ -17,6 +17,29 @@ if TYPE_CHECKING:
     import torch
 
     from backends.operators.registry import KernelRegistry
+
+
+class DrawTokens(Protocol):
+    """Draws a token for each row of logits in one pass, without waiting for the device."""
+
+    def __call__(
+        self,
+        logits: "torch.Tensor",
+        temperature: "torch.Tensor",
+        seeds: "torch.Tensor",
+        positions: "torch.Tensor",
+        top_k: "torch.Tensor | None" = None,
+        top_p: "torch.Tensor | None" = None,
+        min_p: "torch.Tensor | None" = None,
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Token ids [num_rows] int64 of logits [num_rows, vocab_size], which are not changed, and [num_rows] bool:
+        a logit was not finite.
+
+        All others are [num_rows]: ``temperature`` float32, 0 for the most likely token; ``seeds`` and
+        ``positions``, counted from 0 in the output, int64; ``top_k`` int64, the vocabulary's size for all;
+        ``top_p`` float32, 1 or more for all; ``min_p`` float32, 0 for none; None where nobody wants it. The noise is
+        that of ``backends.model_runner.sampler``.
+        """
 
 
 class HardwareBackend(ABC):
@@ -182,6 +205,10 @@ class HardwareBackend(ABC):
     @abstractmethod
     def register_operators(self, registry: "KernelRegistry") -> None:
         """Add the operator kernels of its own, under its name; the reference runs all others."""
+
+    def token_drawing(self) -> "DrawTokens | None":
+        """A kernel that draws tokens; None where torch's operators do it."""
+        return None
 
     @abstractmethod
     def profile_region(self, name: str) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ import torch
 
 from backends.step_inputs import StepInputs
 
+NUM_PLACES = 5
 _TABLE_WIDTH_MULTIPLE = 16
 
 
@@ -22,24 +23,27 @@ class CapturedInputs:
         num_blocks_max = table_width(-(-num_positions // block_size))
         self.token_ids = torch.zeros(num_seqs_max, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(num_seqs_max, num_blocks_max, dtype=torch.int32, device=device)
-        self._places = torch.zeros(2 * num_seqs_max, dtype=torch.int64, device=device)
+        self._places = torch.zeros(NUM_PLACES * num_seqs_max, dtype=torch.int64, device=device)
         self._query_starts = torch.arange(num_seqs_max + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(num_seqs_max, device=device)
 
     def places(self, num_seqs: int) -> torch.Tensor:
-        """[2, num_seqs] int64: positions and slots of a step of so many rows. All sizes share the memory."""
-        return self._places[: 2 * num_seqs].view(2, num_seqs)
+        """[NUM_PLACES, num_seqs] int64, of a step of so many rows. All sizes share the memory.
+
+        Positions, slots, and what drawing takes: seeds, positions in the output, and the bits of temperatures in
+        float64, which has all that float32 has.
+        """
+        return self._places[: NUM_PLACES * num_seqs].view(NUM_PLACES, num_seqs)
 
     def fill_up(self, num_seqs: int) -> None:
         """Nothing but rows that are of no account."""
-        positions, slots = self.places(num_seqs)
-        positions.zero_()
-        slots.fill_(self._spare_slot)
+        places = self.places(num_seqs).zero_()
+        places[1].fill_(self._spare_slot)
         self.token_ids[:num_seqs].zero_()
 
     def step_inputs(self, num_seqs: int) -> StepInputs:
         """The step's inputs; what is worked out here is worked out again when the step is replayed."""
-        positions, slots = self.places(num_seqs)
+        positions, slots = self.places(num_seqs)[:2]
         return StepInputs(
             token_ids=self.token_ids[:num_seqs].to(torch.int64),
             positions=positions,
@@ -52,6 +56,11 @@ class CapturedInputs:
             query_len_max=1,
             context_len_max=self.num_positions,
         )
+
+    def drawing(self, num_seqs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Temperatures, seeds and positions in the output, as a `DrawTokens` wants them."""
+        seeds, positions, temperature_bits = self.places(num_seqs)[2:]
+        return temperature_bits.view(torch.float64).to(torch.float32), seeds, positions
 
 
 def table_width(num_blocks: int) -> int:

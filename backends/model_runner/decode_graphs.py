@@ -31,9 +31,10 @@ class CapturedStep:
     spare_slot: int  # where rows write that only fill the step up
     graph: DeviceGraph
     token_ids: torch.Tensor  # [num_seqs] int32
-    places: torch.Tensor  # [2, num_seqs] int64: positions and slots
+    places: torch.Tensor  # [NUM_PLACES, num_seqs] int64: see `CapturedInputs.places`
     block_tables: torch.Tensor  # [num_seqs, num_blocks_max] int32
     logits: torch.Tensor  # [num_seqs, vocab_size] float32
+    drawn: tuple[torch.Tensor, torch.Tensor] | None  # tokens and whether they are invalid, where a kernel draws
 
 
 class DecodeGraphs:
@@ -46,6 +47,7 @@ class DecodeGraphs:
         self._kv = kv
         self._num_positions = num_positions
         self._backend = backend
+        self._draw_tokens = backend.token_drawing()
         self._device_index = device_index
         self._steps: dict[int, CapturedStep] = {}
         self._sizes: tuple[int, ...] = ()
@@ -77,6 +79,7 @@ class DecodeGraphs:
                 inputs.fill_up(size)
                 self._run(size, inputs, None)
             for size in reversed(sizes):
+                inputs.fill_up(size)
                 self._steps[size] = self._captured(size, inputs)
                 progress.advance()
         except (RuntimeError, MemoryError, BackendError) as error:
@@ -96,15 +99,19 @@ class DecodeGraphs:
         largest = next(iter(self._steps.values()), None)
         graph = self._backend.create_graph(None if largest is None else largest.graph)
         with graph.capture():
-            logits = self._run(size, inputs, largest)
+            logits, drawn = self._run(size, inputs, largest)
         block_tables = inputs.block_tables[:size]
         spare_slot, token_ids = self._kv.spare_slot, inputs.token_ids[:size]
-        return CapturedStep(size, spare_slot, graph, token_ids, inputs.places(size), block_tables, logits)
+        return CapturedStep(size, spare_slot, graph, token_ids, inputs.places(size), block_tables, logits, drawn)
 
-    def _run(self, size: int, inputs: CapturedInputs, largest: CapturedStep | None) -> torch.Tensor:
-        """The step's logits, in the memory of those of the largest step."""
+    def _run(
+        self, size: int, inputs: CapturedInputs, largest: CapturedStep | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """The step's logits, in the memory of those of the largest step, and what a kernel draws from them."""
         logits = self._program.run(inputs.step_inputs(size), self._kv.tensors)
-        return logits if largest is None else largest.logits[:size].copy_(logits)
+        if largest is not None:
+            logits = largest.logits[:size].copy_(logits)
+        return logits, None if self._draw_tokens is None else self._draw_tokens(logits, *inputs.drawing(size))
 
     def _warn(self, reason: str, sizes: tuple[int, ...]) -> None:
         num_seqs = next(size for size in reversed(sizes) if size not in self._steps)

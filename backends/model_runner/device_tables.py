@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from backends.model_runner.captured_inputs import table_width
+from backends.model_runner.captured_inputs import NUM_PLACES, table_width
 from backends.model_runner.decode_graphs import CapturedStep
 from backends.model_runner.packed_arrays import Array, ArrayPacker, ArraysOnDevice, PackedArray
 from backends.model_runner.request_table import BlockWrite, RequestTable, TokenWrite
+from backends.model_runner.sampler.draw_plan import KernelRows
 from backends.model_runner.step_arrays import StepArrays
 from backends.step_inputs import StepInputs
 
@@ -51,16 +52,22 @@ class DeviceTables:
         )
         return self._packed(arrays, places, packer)
 
-    def pack_decodes(self, arrays: StepArrays, captured: CapturedStep, packer: ArrayPacker) -> PackedStep:
-        """As `pack`, for a step that is replayed."""
+    def pack_decodes(
+        self, arrays: StepArrays, captured: CapturedStep, drawing: KernelRows | None, packer: ArrayPacker
+    ) -> PackedStep:
+        """As `pack`, for a step that is replayed, and that draws where ``drawing`` says how."""
         num_seqs = arrays.table_rows.size
         cells = np.zeros((2, captured.num_seqs), np.int64)
         cells[0, :num_seqs] = arrays.token_cells
         cells[1, :num_seqs] = arrays.table_rows
-        places = np.zeros((2, captured.num_seqs), np.int64)
+        places = np.zeros((NUM_PLACES, captured.num_seqs), np.int64)
         places[0, :num_seqs] = arrays.positions
         places[1, :num_seqs] = arrays.slot_mapping
         places[1, num_seqs:] = captured.spare_slot
+        if drawing is not None:
+            places[2, :num_seqs] = drawing.seeds
+            places[3, :num_seqs] = drawing.positions
+            places[4].view(np.float64)[:num_seqs] = drawing.temperature
         return self._packed(arrays, (packer.add(cells), packer.add(places)), packer)
 
     def _packed(self, arrays: StepArrays, places: tuple[PackedArray, ...], packer: ArrayPacker) -> PackedStep:

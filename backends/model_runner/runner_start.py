@@ -28,9 +28,8 @@ def started_runner(
     model = _loaded(settings, backend, load)
     kv = _kv_memory(settings, backend, model)
     capabilities = backend.capabilities(index)
-    lots = (steps_of_serving if capabilities.concurrent_streams else small_steps)(
-        settings.instance, model.num_positions
-    )
+    steps = steps_of_serving if capabilities.concurrent_streams else small_steps
+    lots = steps(settings.instance, model.num_positions)
     _warm_up(settings, backend, model, kv, lots)
     # Another one than was warmed up, whose tables have grown as long as any request can be.
     runner = StepRunner(model, kv, backend, index)

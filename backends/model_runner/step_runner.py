@@ -69,7 +69,9 @@ class StepRunner:
         self._device = backend.torch_device(device_index)
         self.requests = RequestTable(kv.tensors.block_size, vocab_size, model.num_positions)
         self._tables = DeviceTables(self.requests, self._device)
-        self._sampler = Sampler(vocab_size, self._device)
+        draw_tokens = backend.token_drawing()
+        self._draws_by_kernel = draw_tokens is not None
+        self._sampler = Sampler(vocab_size, self._device, draw_tokens)
         self.decode_graphs = DecodeGraphs(model.program, kv, model.num_positions, backend, device_index)
 
     def run(self, plan: StepPlan, memory: StepMemory) -> StepTokens:
@@ -81,22 +83,29 @@ class StepRunner:
         sequences = self.requests.apply(plan)
         arrays = step_arrays(self.requests, sequences)
         draw_plan = plan_drawing(
-            self.requests.parameters, arrays.sampled_table_rows, arrays.sampled_positions, self._vocab_size
+            self.requests.parameters,
+            arrays.sampled_table_rows,
+            arrays.sampled_positions,
+            self._vocab_size,
+            by_kernel=self._draws_by_kernel,
         )
         captured = self._captured_step(arrays)
         packer = ArrayPacker(memory.staging)
         if captured is None:
             packed_step = self._tables.pack(arrays, packer)
         else:
-            packed_step = self._tables.pack_decodes(arrays, captured, packer)
-        packed_draw = PackedDrawPlan(draw_plan, packer)
+            packed_step = self._tables.pack_decodes(arrays, captured, draw_plan.kernel, packer)
+        drawn = captured.drawn if captured is not None and draw_plan.is_plain else None
+        packed_draw = PackedDrawPlan(draw_plan, packer, drawn_already=drawn is not None)
         packed = packer.copy_to(self._device)
         logits = self._logits(captured, packed_step, packed)
         num_sampled = draw_plan.num_rows
         host_drawn = memory.drawn[:num_sampled]
         if not num_sampled:
             return StepTokens(host_drawn, draw_plan, None)
-        tokens = self._sampler.draw(logits, packed_draw.on(packed), self._tables.token_ids)
+        if drawn is not None:
+            drawn = drawn[0][:num_sampled], drawn[1][:num_sampled]
+        tokens = self._sampler.draw(logits, packed_draw.on(packed), self._tables.token_ids, drawn)
         token_ids = tokens.token_ids.to(torch.int32)
         self._tables.keep_drawn(packed_step, packed, token_ids)
         host_drawn.copy_(token_ids.masked_fill_(tokens.is_invalid, -1), non_blocking=True)

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from backends.base import DrawTokens
 from backends.cpu.backend import CpuBackend
 from backends.device_info import BackendCapabilities
+from backends.model_runner.sampler.cutoff import min_p_floor, top_floor
+from backends.model_runner.sampler.gumbel_noise import exponential_noise, token_hashes
 from backends.operators.registry import KernelRegistry
 from backends.step_inputs import StepInputs
 from backends.streams import DeviceGraph
@@ -60,11 +63,13 @@ def _tensors(result: Any) -> list[torch.Tensor]:
 
 
 class RecordingBackend(CpuBackend):
-    """Counts captures and replays."""
+    """Counts captures and replays. ``has_kernel``: it has a kernel that draws tokens."""
 
     name = "recording"
 
-    def __init__(self, fails_at: int = -1) -> None:
+    def __init__(self, fails_at: int = -1, *, has_kernel: bool = False) -> None:
+        self._has_kernel = has_kernel
+        self.num_draws = 0
         self.num_captures = 0
         self.num_replays = 0
         self._fails_at = fails_at
@@ -80,8 +85,55 @@ class RecordingBackend(CpuBackend):
             raise torch.OutOfMemoryError("no room for a graph\nmore words")
         self.num_captures += 1
 
+    def token_drawing(self) -> DrawTokens | None:
+        return self._draw_tokens if self._has_kernel else None
+
+    def _draw_tokens(self, *rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        self.num_draws += 1
+        return draw_tokens(*rows)  # type: ignore[arg-type]
+
     def register_operators(self, registry: KernelRegistry) -> None:
         registry.register(self.name, "attention", masked_attention)
+
+
+def draw_tokens(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `DrawTokens` promises, asking the host for nothing, by the sampler's own functions."""
+    num_rows, vocab_size = logits.shape
+    is_greedy = temperature == 0
+    scores = logits / torch.where(is_greedy, 1.0, temperature).unsqueeze(1)
+    if min_p is not None:
+        scores = scores.masked_fill(scores < min_p_floor(scores, min_p.log()), -torch.inf)
+    if top_k is not None or top_p is not None:
+        all_of_it = torch.full((num_rows,), vocab_size)
+        top_k = all_of_it if top_k is None else torch.where(top_k == 0, vocab_size, top_k)
+        top_p = torch.full((num_rows,), 2.0) if top_p is None else top_p
+        scores = scores.masked_fill(
+            scores < top_floor(scores.sort(1, descending=True).values, top_k, top_p), -torch.inf
+        )
+    keys = mixed(mixed(seeds + _GOLDEN_GAMMA) + (positions + 1) * _GOLDEN_GAMMA).view(torch.int32).view(-1, 2).T
+    noise = exponential_noise(token_hashes(vocab_size, logits.device), keys)
+    drawn = (scores - noise.log()).argmax(1)
+    return torch.where(is_greedy, logits.argmax(1), drawn), logits.isfinite().all(1).logical_not()
+
+
+_GOLDEN_GAMMA, _MIX_1, _MIX_2 = (
+    number - (1 << 64) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+def mixed(state: torch.Tensor) -> torch.Tensor:
+    """The finaliser of SplitMix64, of int64."""
+    for num_bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
+        state = (state ^ ((state >> num_bits) & ((1 << (64 - num_bits)) - 1))) * factor
+    return state
 
 
 def masked_attention(

@@ -21,7 +21,7 @@ from sagellm.core.config import InstanceConfig
 from sagellm.core.identity import InstanceId, RequestId
 from sagellm.core.messages import RunStep
 from sagellm.core.request import RequestSpec
-from sagellm.core.sampling import SamplingParameters
+from sagellm.core.sampling import GREEDY, SamplingParameters
 
 VOCAB_SIZE = 61
 BLOCK_SIZE = 4
@@ -124,12 +124,24 @@ def test_preempted_and_resumed(backend: RecordingBackend) -> None:
         assert backend.num_replays > 20
 
 
-def test_all_ways_of_drawing_come_after_a_replay(backend: RecordingBackend) -> None:
+@pytest.mark.parametrize("has_kernel", [False, True])
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_all_ways_of_drawing(monkeypatch: pytest.MonkeyPatch, is_plain: bool, has_kernel: bool) -> None:
+    backend = installed(RecordingBackend(has_kernel=has_kernel), monkeypatch)
     wishes = (
-        SamplingParameters(seed=1),
-        SamplingParameters(seed=2, top_p=0.7, temperature=1.4),
-        SamplingParameters(seed=3, top_k=7, repetition_penalty=1.5, num_logprobs=1),
-        SamplingParameters(seed=5, min_p=0.1, bad_words=((4,), (9, 9)), logit_bias=((9, 2.0),)),
+        SamplingParameters(seed=2**63 + 11),
+        SamplingParameters(seed=12, temperature=0.3),
+        GREEDY,
+        SamplingParameters(temperature=0.0, num_logprobs=2),
+    )
+    wishes += (
+        ()
+        if is_plain
+        else (
+            SamplingParameters(seed=2, top_p=0.7, temperature=1.4),
+            SamplingParameters(seed=3, top_k=7, repetition_penalty=1.5, num_logprobs=1),
+            SamplingParameters(seed=5, min_p=0.1, bad_words=((4,), (9, 9)), logit_bias=((9, 2.0),)),
+        )
     )
     outputs = []
     for name in (backend.name, "cpu"):
@@ -142,8 +154,14 @@ def test_all_ways_of_drawing_come_after_a_replay(backend: RecordingBackend) -> N
                 loop.submit(spec)
             loop.run()
             outputs.append((loop.outputs, loop.logprobs))
+            if name == backend.name:
+                num_mixed = len(loop.steps) - num_decode_steps(loop.steps)
     assert backend.num_replays > 10
     assert outputs[0] == outputs[1]
+    if has_kernel and is_plain:
+        # Nothing is left to draw after a replay.
+        num_warm_up, num_captured = 4, 2 * len(captured_sizes(19))
+        assert backend.num_draws == num_warm_up + num_captured + num_mixed
 
 
 def test_filling_up_writes_to_nobodys_blocks(backend: RecordingBackend) -> None:

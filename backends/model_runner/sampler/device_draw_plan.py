@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from backends.model_runner.packed_arrays import Array, ArrayPacker, ArraysOnDevice, PackedArray
-from backends.model_runner.sampler.draw_plan import DrawPlan, EditRows, LogprobRows, PenaltyRows, RandomRows
+from backends.model_runner.sampler.draw_plan import DrawPlan, EditRows, KernelRows, LogprobRows, PenaltyRows, RandomRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,18 @@ class DeviceRandomRows:
     top_k: torch.Tensor
     top_p: torch.Tensor
     keys: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKernelRows:
+    """See `KernelRows`."""
+
+    temperature: torch.Tensor
+    seeds: torch.Tensor
+    positions: torch.Tensor
+    top_k: torch.Tensor | None
+    top_p: torch.Tensor | None
+    min_p: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,7 @@ class DeviceDrawPlan:
 
     host: DrawPlan
     random: DeviceRandomRows | None
+    kernel: DeviceKernelRows | None
     penalties: DevicePenaltyRows | None
     edits: DeviceEditRows | None
     logprob_rows: torch.Tensor | None
@@ -60,10 +73,14 @@ class DeviceDrawPlan:
 
 
 class PackedDrawPlan:
-    """A plan of which the arrays are in line for the device."""
+    """A plan of which the arrays are in line for the device.
 
-    def __init__(self, plan: DrawPlan, packer: ArrayPacker) -> None:
+    ``drawn_already``: what a kernel is told of the rows has gone another way.
+    """
+
+    def __init__(self, plan: DrawPlan, packer: ArrayPacker, *, drawn_already: bool = False) -> None:
         self._plan = plan
+        self._kernel = None if plan.kernel is None or drawn_already else _pack_kernel(plan.kernel, packer)
         self._random = None if plan.random is None else _pack_random(plan.random, packer)
         self._penalties = None if plan.penalties is None else _pack_penalties(plan.penalties, packer)
         self._edits = None if plan.edits is None else _pack_edits(plan.edits, packer)
@@ -75,6 +92,7 @@ class PackedDrawPlan:
         return DeviceDrawPlan(
             self._plan,
             None if self._random is None else DeviceRandomRows(*_views(self._random, packed)),  # type: ignore[arg-type]
+            None if self._kernel is None else DeviceKernelRows(*_views(self._kernel, packed)),  # type: ignore[arg-type]
             None if self._penalties is None else DevicePenaltyRows(*_views(self._penalties, packed)),  # type: ignore[arg-type]
             None if self._edits is None else DeviceEditRows(*_views(self._edits, packed)),  # type: ignore[arg-type]
             None if self._logprob_rows is None else self._logprob_rows.on(packed),
@@ -96,6 +114,11 @@ def _pack_random(random: RandomRows, packer: ArrayPacker) -> tuple[PackedArray |
         add(random.top_p),
         add(random.keys),
     )
+
+
+def _pack_kernel(rows: KernelRows, packer: ArrayPacker) -> tuple[PackedArray | None, ...]:
+    arrays = (rows.temperature, rows.seeds, rows.positions, rows.top_k, rows.top_p, rows.min_p)
+    return tuple(None if array is None else packer.add(array) for array in arrays)
 
 
 def _pack_penalties(penalties: PenaltyRows, packer: ArrayPacker) -> tuple[PackedArray, ...]:

@@ -31,6 +31,22 @@ class RandomRows:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelRows:
+    """What a `DrawTokens` kernel is told of every row: all [num_rows]."""
+
+    temperature: Array  # float32
+    seeds: Array  # int64
+    positions: Array  # int64
+    top_k: Array | None  # int64
+    top_p: Array | None  # float32
+    min_p: Array | None  # float32
+
+    @property
+    def has_cutoffs(self) -> bool:
+        return self.top_k is not None or self.top_p is not None or self.min_p is not None
+
+
+@dataclass(frozen=True, slots=True)
 class PenaltyRows:
     """Rows whose logits depend on which tokens were there before."""
 
@@ -72,22 +88,37 @@ class DrawPlan:
 
     num_rows: int
     random: RandomRows | None = None
+    kernel: KernelRows | None = None
     penalties: PenaltyRows | None = None
     edits: EditRows | None = None
     logprobs: LogprobRows | None = None
     refused_rows: tuple[int, ...] = ()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are those of the model's logits, temperature and noise alone."""
+        is_cut = self.kernel is not None and self.kernel.has_cutoffs
+        return self.penalties is None and self.edits is None and not is_cut
 
-def plan_drawing(table: ParameterTable, table_rows: Array, num_tokens: Array, vocab_size: int) -> DrawPlan:
-    """For the logits of these requests, of which so many tokens are known: both [num_sampled] int64."""
+
+def plan_drawing(
+    table: ParameterTable, table_rows: Array, num_tokens: Array, vocab_size: int, *, by_kernel: bool = False
+) -> DrawPlan:
+    """For the logits of these requests, of which so many tokens are known: both [num_sampled] int64.
+
+    ``by_kernel``: a `DrawTokens` draws, else torch's operators.
+    """
     num_rows = table_rows.size
     wishes = table.wishes[table_rows]
     everything = int(np.bitwise_or.reduce(wishes)) if num_rows else 0
+    kernel = _kernel_rows(table, table_rows, num_tokens, everything) if by_kernel and num_rows else None
     if not everything:
-        return DrawPlan(num_rows)
+        return DrawPlan(num_rows, kernel=kernel)
+    is_random = everything & Wish.RANDOM and not by_kernel
     return DrawPlan(
         num_rows,
-        random=_random_rows(table, table_rows, num_tokens, wishes, vocab_size) if everything & Wish.RANDOM else None,
+        random=_random_rows(table, table_rows, num_tokens, wishes, vocab_size) if is_random else None,
+        kernel=kernel,
         penalties=_penalty_rows(table, table_rows, num_tokens, wishes) if everything & Wish.PENALTIES else None,
         edits=_edit_rows(table, table_rows, num_tokens, wishes, vocab_size) if everything & Wish.EDITS else None,
         logprobs=_logprob_rows(table, table_rows, wishes) if everything & Wish.LOGPROBS else None,
@@ -122,6 +153,17 @@ def _random_rows(
         num_uncut=int(counts[0]),
         num_few=int(counts[1]),
         few_top_k_max=int(few.max()) if few.size else 0,
+    )
+
+
+def _kernel_rows(table: ParameterTable, table_rows: Array, num_tokens: Array, everything: int) -> KernelRows:
+    return KernelRows(
+        temperature=table.temperature[table_rows],
+        seeds=table.seed[table_rows].view(np.int64),
+        positions=num_tokens - table.num_prompt_tokens[table_rows],
+        top_k=table.top_k[table_rows] if everything & Wish.TOP_K else None,
+        top_p=table.top_p[table_rows] if everything & Wish.TOP_P else None,
+        min_p=table.min_p[table_rows] if everything & Wish.MIN_P else None,
     )
 
 

@@ -45,7 +45,7 @@ class ParameterTable:
     def __init__(self, vocab_size: int, num_rows: int) -> None:
         self._vocab_size = vocab_size
         self.wishes = np.zeros(num_rows, np.int64)
-        self.temperature = np.zeros(num_rows, np.float32)
+        self.temperature = np.zeros(num_rows, np.float32)  # 0: greedy
         self.top_k = np.zeros(num_rows, np.int64)
         self.top_p = np.ones(num_rows, np.float32)
         self.min_p = np.zeros(num_rows, np.float32)
@@ -66,7 +66,7 @@ class ParameterTable:
     def fill(self, row: int, spec: RequestSpec) -> None:
         """Give the row to a request."""
         sampling = spec.sampling or GREEDY
-        self.temperature[row] = sampling.temperature
+        self.temperature[row] = sampling.temperature if sampling.temperature >= GREEDY_TEMPERATURE_MAX else 0.0
         self.top_k[row] = sampling.top_k if 0 < sampling.top_k < self._vocab_size else 0
         self.top_p[row] = sampling.top_p if sampling.top_p < 1 else 2.0  # beyond what rounding can reach
         self.min_p[row] = sampling.min_p

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from backends.base import DrawTokens
 from backends.model_runner.sampler.cutoff import min_p_floor, top_floor
 from backends.model_runner.sampler.device_draw_plan import DeviceDrawPlan, DevicePenaltyRows, DeviceRandomRows
 from backends.model_runner.sampler.draw_plan import PenaltyRows, RandomRows
@@ -35,41 +36,83 @@ class DrawnTokens:
 
 
 class Sampler:
-    """The drawing of one model on one device. Holds no state of requests."""
+    """The drawing of one model on one device. Holds no state of requests.
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    With a ``draw_tokens`` kernel it draws every row, so that batch mates make no difference; plans are then
+    made ``by_kernel``.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device, draw_tokens: DrawTokens | None = None) -> None:
+        self._draw_tokens = draw_tokens
         self._hashes = token_hashes(vocab_size, device)
         num_cells = _NUM_CELLS_MAX_CPU if device.type == "cpu" else _NUM_CELLS_MAX
         self._num_rows_max = max(1, num_cells // vocab_size)
 
-    def draw(self, logits: torch.Tensor, plan: DeviceDrawPlan, token_table: torch.Tensor) -> DrawnTokens:
+    def draw(
+        self,
+        logits: torch.Tensor,
+        plan: DeviceDrawPlan,
+        token_table: torch.Tensor,
+        drawn: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> DrawnTokens:
         """Tokens for logits [num_rows, vocab_size] float32, which are overwritten.
 
         ``token_table`` [num_table_rows, num_columns] has prompt and output of every request.
+        ``drawn`` is what the kernel has made of the very logits: the plan has neither edits nor penalties.
         The order of changes is vLLM's: allowed tokens, bias, tokens held back, bad words, penalties,
         temperature, min_p, top_k, top_p.
         """
-        is_invalid = logits.sum(1).isfinite().logical_not_()
+        raw = None if plan.logprob_rows is None else logits.index_select(0, plan.logprob_rows)
+        if drawn is not None:
+            token_ids, is_invalid = drawn
+        elif self._draw_tokens is None:
+            token_ids, is_invalid = self._drawn_by_torch(logits, plan, token_table)
+        else:
+            token_ids, is_invalid = self._drawn_by_kernel(self._draw_tokens, logits, plan, token_table)
         if plan.refused_rows is not None:
             is_invalid.index_fill_(0, plan.refused_rows, True)
-        raw = None if plan.logprob_rows is None else logits.index_select(0, plan.logprob_rows)
-        if plan.edits is not None:
-            apply_edits(logits, plan.edits, token_table)
-        if plan.penalties is not None:
-            assert plan.host.penalties is not None
-            self._penalise(logits, plan.penalties, plan.host.penalties, token_table)
-        best, token_ids = logits.max(1)
-        if plan.edits is not None:
-            is_invalid |= best == -torch.inf
-        if plan.random is not None:
-            assert plan.host.random is not None
-            token_ids.index_copy_(0, plan.random.rows, self._draw_random(logits, plan.random, plan.host.random))
         logprobs = None
         if raw is not None:
             assert plan.logprob_rows is not None
             assert plan.host.logprobs is not None
             logprobs = _logprobs(raw, token_ids[plan.logprob_rows], plan.host.logprobs.num_logprobs_max)
         return DrawnTokens(token_ids, is_invalid, logprobs)
+
+    def _drawn_by_torch(
+        self, logits: torch.Tensor, plan: DeviceDrawPlan, token_table: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        is_invalid = _not_finite(logits)
+        self._edit(logits, plan, token_table)
+        best, token_ids = logits.max(1)
+        if plan.edits is not None:
+            is_invalid |= best == -torch.inf
+        if plan.random is not None:
+            assert plan.host.random is not None
+            token_ids.index_copy_(0, plan.random.rows, self._draw_random(logits, plan.random, plan.host.random))
+        return token_ids, is_invalid
+
+    def _drawn_by_kernel(
+        self, draw_tokens: DrawTokens, logits: torch.Tensor, plan: DeviceDrawPlan, token_table: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = plan.kernel
+        assert rows is not None
+        # Edits make logits infinite on purpose; so these are looked at before.
+        was_invalid = None if plan.edits is None else _not_finite(logits)
+        self._edit(logits, plan, token_table)
+        token_ids, is_invalid = draw_tokens(
+            logits, rows.temperature, rows.seeds, rows.positions, rows.top_k, rows.top_p, rows.min_p
+        )
+        if was_invalid is not None:
+            is_invalid = was_invalid.logical_or_(logits.amax(1) == -torch.inf)
+        return token_ids, is_invalid
+
+    def _edit(self, logits: torch.Tensor, plan: DeviceDrawPlan, token_table: torch.Tensor) -> None:
+        """Change what the plan wants of the logits themselves."""
+        if plan.edits is not None:
+            apply_edits(logits, plan.edits, token_table)
+        if plan.penalties is not None:
+            assert plan.host.penalties is not None
+            self._penalise(logits, plan.penalties, plan.host.penalties, token_table)
 
     def _penalise(
         self, logits: torch.Tensor, rows: DevicePenaltyRows, host: PenaltyRows, token_table: torch.Tensor
@@ -117,6 +160,11 @@ class Sampler:
             scores.masked_fill_(scores < floor, -torch.inf)
         noise = exponential_noise(self._hashes, rows.keys[:, part])
         return scores.sub_(noise.log_()).argmax(1)
+
+
+def _not_finite(logits: torch.Tensor) -> torch.Tensor:
+    """[num_rows] bool: whether a row has infinite logits, or some that are no numbers."""
+    return logits.sum(1).isfinite().logical_not_()
 
 
 def _logprobs(raw: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> DrawnLogprobs:

@@ -25,7 +25,7 @@ PUBLISHED_PARAMETERS = {
     "facebook/opt-13b": 12_853_473_280,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
 }
-OWN_PARAMETERS = {"sagellm/toy": 131_456, "sagellm/qwen3-100m": 100_094_208}
+OWN_PARAMETERS = {"sagellm/toy": 115_328, "sagellm/qwen3-100m": 100_094_208}
 PUBLISHED_ROUNDED = {"facebook/opt-66b": 66e9}
 
 

@@ -25,7 +25,7 @@ from sagellm.server.live.threaded_instances import ThreadedInstances
 
 NUM_REQUESTS = 6
 NUM_OUTPUT_TOKENS = 24
-VOCAB_SIZE = 512
+VOCAB_SIZE = 260
 
 Answers = dict[RequestId, list[int]]
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import assert_never
 
+from msgspec.structs import replace
+
 from sagellm.control_plane.control_plane import ControlPlane
 from sagellm.core.identity import CONTROL_PLANE, InstanceId, RequestId
 from sagellm.core.messages import (
@@ -340,6 +342,7 @@ class LiveEngine:
         if record.is_lost:
             return
         record.is_lost = True
+        record.status = replace(record.status, num_running=0, num_waiting=0, num_blocks_in_use=0)
         _LOG.error("%s is lost: %s", instance_id, reason)
         for other_id, other in self._instances.items():
             if not other.is_lost:

@@ -46,6 +46,7 @@ class DeviceFaults:
     """What goes wrong on one device, and how long its steps take."""
 
     failed_share: float = 0.0  # of steps
+    invalid_share: float = 0.0  # of drawn tokens: their logits are not finite
     step_s_max: float = 0.001
     num_steps_max: int | None = None  # it dies for good at this one
 
@@ -130,9 +131,11 @@ class ContentDevice:
             self._on_outcome(StepOutcome(StepFailed(step.instance_id, step.step_id, "on purpose")))
             return
         drawn = self._computed(step.plan)
-        event = StepFinished(
-            step.instance_id, step.step_id, (time.monotonic_ns(),), tuple((token,) for _, token in drawn)
+        invalid_ids = tuple(
+            known.spec.request_id for known, _ in drawn if self._random.random() < self._faults.invalid_share
         )
+        token_ids = tuple((token,) for _, token in drawn)
+        event = StepFinished(step.instance_id, step.step_id, (time.monotonic_ns(),), token_ids, invalid_ids)
         logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = {
             known.spec.request_id: (TokenLogprobs((token,), (0.0,), (1,)),)
             for known, token in drawn

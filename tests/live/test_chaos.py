@@ -8,9 +8,9 @@ import asyncio
 import io
 import os
 import threading
+import time
 from dataclasses import dataclass
 from random import Random
-from typing import ClassVar
 
 import pytest
 from both_drivers import Cluster
@@ -24,12 +24,12 @@ from sagellm.core.request import FinishReason, RequestSpec
 from sagellm.core.sampling import SamplingParameters
 from sagellm.core.step_executor import StepExecutor
 from sagellm.log_replay import replay_log
-from sagellm.server.engine import OutputDelta, RequestOutcome
+from sagellm.server.engine import OutputDelta, Refusal, RequestOutcome
 from sagellm.server.live.front_driver import LiveEngine
 from sagellm.server.live.instance_driver import DriverOptions, InstanceDriver
 from sagellm.server.live.live_log import LiveLog
-from sagellm.server.live.threaded_instances import ThreadedInstances
-from sagellm.server.live.wire import PeerMessage, TransferCancelled
+from sagellm.server.live.threaded_instances import ExecutorFactory, ThreadedInstances
+from sagellm.server.live.wire import FromInstance, PeerMessage, TransferCancelled
 
 NUM_SEEDS = int(os.environ.get("SAGELLM_CHAOS_SEEDS", "40"))
 FIRST_SEED = int(os.environ.get("SAGELLM_CHAOS_FIRST", "0"))
@@ -56,9 +56,13 @@ class Chaos:
     cluster: Cluster
     clients: tuple[Client, ...]
     kills: tuple[tuple[float, InstanceId], ...]
+    kills_by_message: dict[InstanceId, int]  # after so many messages between it and its peers
     faults: dict[InstanceId, DeviceFaults]
     lost_share: float  # of peers' messages
     late_share: float
+    pause_s_max: float  # before an instance says something: its device goes on meanwhile
+    drain_s: float | None  # when the server is stopped; None: when all is over
+    grace_s: float
 
 
 def chaos_of(seed: int) -> Chaos:
@@ -72,24 +76,32 @@ def chaos_of(seed: int) -> Chaos:
         handover_start=random.choice(list(HandoverStart)),
         disaggregate_min_tokens=random.choice([0, 0, 12]),
         dispatch_tokens_max=random.choice([0, 30]),
+        queue_max=random.choice([1, 100, 100, 100]),
         attempts_max=20,
     )
     # One instance stays, whichever it is.
     doomed = random.sample(ids, random.randint(0, len(ids) - 1))
     span_s = random.choice([0.01, 0.05, 0.15])
     failed_share = random.choice([0.0, 0.0, 0.05])
+    invalid_share = random.choice([0.0, 0.0, 0.005])
+    step_s_max = random.choice([0.0, 0.001, 0.004])
     faults = {
-        each: DeviceFaults(failed_share, random.choice([0.0, 0.001, 0.004]), _last_step(each, doomed, random))
-        for each in ids
+        each: DeviceFaults(failed_share, invalid_share, step_s_max, _last_step(each, doomed, random)) for each in ids
     }
+    sudden = [each for each in doomed if faults[each].num_steps_max is None]
+    by_message = {each: random.randint(1, 12) for each in sudden if random.random() < 0.6}
     return Chaos(
         seed,
         Cluster(instances, config),
         tuple(_client(number, span_s, random) for number in range(random.randint(3, 24))),
-        tuple((random.uniform(0, span_s), each) for each in doomed if faults[each].num_steps_max is None),
+        tuple((random.uniform(0, span_s), each) for each in sudden if each not in by_message),
+        by_message,
         faults,
         random.choice([0.0, 0.0, 0.2]),
         random.choice([0.0, 0.0, 0.3]),
+        random.choice([0.0, 0.003]),
+        random.choice([None, None, None, random.uniform(0, 2 * span_s)]),
+        random.choice([0.0, 0.02, 5.0]),
     )
 
 
@@ -135,11 +147,30 @@ def _client(number: int, span_s: float, random: Random) -> Client:
 
 
 class UnreliablePeers(ThreadedInstances):
-    """Loses and delays what instances say to each other directly."""
+    """Loses and delays what instances say to each other directly, and lets them lose time."""
 
-    chaos: ClassVar[Chaos]
+    def __init__(self, chaos: Chaos, make_executor: ExecutorFactory) -> None:
+        settings = [each.settings for each in chaos.cluster.deployment().instances]
+        super().__init__(settings, make_executor, DriverOptions(keeps_log=True, checks=True))
+        self.chaos = chaos
+        self._random = Random(chaos.seed)
+        self._num_messages_left = dict(chaos.kills_by_message)
+
+    def drivers(self) -> dict[InstanceId, InstanceDriver]:
+        return {instance_id: thread.driver for instance_id, thread in self._threads.items() if thread.driver}
+
+    def to_front(self, message: FromInstance) -> None:
+        if self.chaos.pause_s_max and self._random.random() < 0.1:
+            time.sleep(self._random.uniform(0, self.chaos.pause_s_max))
+        super().to_front(message)
 
     def to_peer(self, peer_id: InstanceId, message: PeerMessage) -> None:
+        sender_id = InstanceId(threading.current_thread().name.removeprefix("instance "))
+        for instance_id in self._num_messages_left.keys() & {sender_id, peer_id}:
+            self._num_messages_left[instance_id] -= 1
+            if self._num_messages_left[instance_id] == 0:
+                self._threads[instance_id].is_killed = True  # it ends with its present turn, and here
+                self._loop.call_soon_threadsafe(self.kill, instance_id)
         fate = self._random.random()
         if fate < self.chaos.lost_share:
             return
@@ -151,8 +182,6 @@ class UnreliablePeers(ThreadedInstances):
         super().to_peer(peer_id, message)
         if fate > 0.97 and not isinstance(message, TransferCancelled):
             super().to_peer(peer_id, message)
-
-    _random = Random(0)
 
 
 async def _served(engine: LiveEngine, client: Client) -> tuple[list[int], RequestOutcome]:
@@ -219,7 +248,6 @@ async def _quiet(engine: LiveEngine, drivers: dict[InstanceId, InstanceDriver]) 
 def run_chaos(chaos: Chaos) -> bytes:
     """Run it, and check what every client got and what is left; the log."""
     file = io.BytesIO()
-    settings = [each.settings for each in chaos.cluster.deployment().instances]
     devices: dict[InstanceId, ContentDevice] = {}
 
     def make(each: ExecutorSettings) -> StepExecutor:
@@ -228,18 +256,22 @@ def run_chaos(chaos: Chaos) -> bytes:
         return devices[instance_id]
 
     async def run() -> list[tuple[list[int], RequestOutcome]]:
-        host = UnreliablePeers(settings, make, DriverOptions(keeps_log=True, checks=True))
-        host.chaos = chaos  # type: ignore[misc]
+        host = UnreliablePeers(chaos, make)
         engine = LiveEngine(chaos.cluster.deployment(), host, log=LiveLog(file, chaos.cluster.header()))
         await engine.start()
         for at_s, instance_id in chaos.kills:
             asyncio.get_running_loop().call_later(at_s, host.kill, instance_id)
         serving = asyncio.gather(*(_served(engine, client) for client in chaos.clients))
+        if chaos.drain_s is not None:
+            await asyncio.sleep(chaos.drain_s)
+            await engine.drain(chaos.grace_s)
         got = await asyncio.wait_for(serving, LIVE_S_MAX)
         assert engine.num_unfinished == 0
-        await asyncio.sleep(max((at_s for at_s, _ in chaos.kills), default=0))
-        await _quiet(engine, {name: thread.driver for name, thread in host._threads.items() if thread.driver})
         assert not any(engine._told.values())
+        if chaos.drain_s is not None:
+            return got
+        await asyncio.sleep(max((at_s for at_s, _ in chaos.kills), default=0))
+        await _quiet(engine, host.drivers())
         living = [each.instance_id for each in engine.snapshots() if not each.is_lost]
         await engine.drain(0)
         engine._control_plane.check()
@@ -249,18 +281,27 @@ def run_chaos(chaos: Chaos) -> bytes:
         return got
 
     for client, (token_ids, outcome) in zip(chaos.clients, asyncio.run(run()), strict=True):
-        _check_outcome(client, token_ids, outcome)
+        _check_outcome(chaos, client, token_ids, outcome)
     return file.getvalue()
 
 
-def _check_outcome(client: Client, token_ids: list[int], outcome: RequestOutcome) -> None:
+def _check_outcome(chaos: Chaos, client: Client, token_ids: list[int], outcome: RequestOutcome) -> None:
     expected, reason = undisturbed(client.request)
-    if outcome.reason is FinishReason.ABORT:
-        assert client.leaves_after is not None
-        assert len(token_ids) >= client.leaves_after
-        assert token_ids == expected[: len(token_ids)]
-    else:
-        assert (token_ids, outcome.reason) == (expected, reason), (client, outcome)
+    assert token_ids == expected[: len(token_ids)]
+    match outcome:
+        case RequestOutcome(FinishReason.ABORT):
+            has_left = client.leaves_after is not None and len(token_ids) >= client.leaves_after
+            assert has_left or chaos.drain_s is not None
+        case RequestOutcome(FinishReason.ERROR):
+            assert any(faults.invalid_share for faults in chaos.faults.values())
+        case RequestOutcome(None, refusal=Refusal.QUEUE_FULL):
+            assert chaos.cluster.control_plane.queue_max == 1
+            assert not token_ids
+        case RequestOutcome(None, refusal=Refusal.UNAVAILABLE):
+            assert chaos.drain_s is not None
+            assert not token_ids
+        case _:
+            assert (token_ids, outcome.reason) == (expected, reason), (client, outcome)
 
 
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + NUM_SEEDS))

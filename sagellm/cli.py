@@ -1,5 +1,6 @@
 """The command line, and with it the composition root: here it is chosen who drives the machines."""
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ for command in (replay, serve, traces, clusters, log):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process: 0 done, 1 a difference was found, 2 the user must act."""
     try:
-        sys.exit(cli.main(args=arguments, prog_name="sagellm", standalone_mode=False))
+        status = cli.main(args=arguments, prog_name="sagellm", standalone_mode=False)
+        gc.freeze()  # The process ends: what a run leaves behind needs no last look for cycles.
+        sys.exit(status)
     except NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(0)

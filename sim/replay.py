@@ -51,7 +51,7 @@ def replay(
         log = LogWriter(LogHeader(cluster.name, trace.name, seed, cluster.control_plane, configs), log_file)
     driver = SimDriver(cluster, seed=seed, log=log, check=check)
     Arrivals(driver, trace, slo or LatencySLO(), on_progress).start()
-    with _garbage_collector_off():
+    with garbage_collector_off():
         driver.run()
     return ReplayResult(
         cluster=cluster,
@@ -64,8 +64,8 @@ def replay(
 
 
 @contextmanager
-def _garbage_collector_off() -> Iterator[None]:
-    """A run makes millions of small objects and hardly a cycle; looking for cycles takes a third of it."""
+def garbage_collector_off() -> Iterator[None]:
+    """A run makes millions of small objects and hardly a cycle; looking for cycles takes a third of its time."""
     was_on = gc.isenabled()
     gc.disable()
     try:

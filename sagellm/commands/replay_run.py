@@ -5,7 +5,7 @@ Everything that can be wrong with what the user gave is found before the first s
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from sagellm.commands.user_error import user_errors
 from sagellm.core.request import LatencySLO
 from sagellm.load_client.endpoint import ServerUnusableError
 from sim.cluster_file import sim_cluster
-from sim.replay import replay
+from sim.replay import garbage_collector_off, replay
 from sim.report.csv_report import write_request_rows
 from sim.report.json_report import write_json_report
 from sim.report.output_file import OutputError, output_errors
@@ -59,6 +59,12 @@ def run_replay(options: ReplayOptions) -> None:
     Raises:
         UserError: something that the user gave is wrong.
     """
+    # Simulations, their numbers and their table are over in seconds; a server may take for ever.
+    with nullcontext() if options.targets.servers else garbage_collector_off():
+        _replay_and_print(options)
+
+
+def _replay_and_print(options: ReplayOptions) -> None:
     started_s = time.perf_counter()
     with user_errors(ClusterFileError, TraceError, OutputError, ServerUnusableError):
         check_outputs(options.targets, options.outputs)

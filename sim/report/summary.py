@@ -65,7 +65,8 @@ def summarise(metrics: RunMetrics, num_blocks: Mapping[InstanceId, int]) -> RunS
     duration_s = _duration_s(records)
     num_output_tokens = sum(record.num_output_tokens for record in completed)
     num_prompt_tokens = sum(record.request.num_prompt_tokens for record in completed)
-    num_good = sum(record.meets_slo() for record in completed)
+    times = [_Times(record) for record in completed]
+    num_good = sum(each.e2el_ns is not None and each.keeps_ttft and each.keeps_tpot for each in times)
     return RunSummary(
         num_requests=len(records),
         completed=len(completed),
@@ -77,17 +78,17 @@ def summarise(metrics: RunMetrics, num_blocks: Mapping[InstanceId, int]) -> RunS
         total_token_throughput=_rate(num_prompt_tokens + num_output_tokens, duration_s),
         request_goodput=_rate(num_good, duration_s),
         slo_attainment=_ratio(num_good, len(records)),
-        ttft_attainment=_ratio(sum(map(_keeps_ttft, completed)), len(records)),
-        tpot_attainment=_ratio(sum(map(_keeps_tpot, completed)), len(records)),
+        ttft_attainment=_ratio(sum(each.keeps_ttft for each in times), len(records)),
+        tpot_attainment=_ratio(sum(each.keeps_tpot for each in times), len(records)),
         num_steps=metrics.num_steps,
         num_preemptions=metrics.num_preemptions,
         prefix_hit_ratio=_ratio(metrics.num_prompt_tokens_hit, metrics.num_prompt_tokens_queried),
-        ttft=distribution_of(_defined(record.ttft_ns for record in completed)),
-        tpot=distribution_of(_defined(record.tpot_ns for record in completed)),
+        ttft=distribution_of(_defined(each.ttft_ns for each in times)),
+        tpot=distribution_of(_defined(each.tpot_ns for each in times)),
         itl=weighted_distribution_of(
-            np.asarray(metrics.itl_ns, dtype=np.float64), np.asarray(metrics.itl_count, dtype=np.int64)
+            np.asarray(metrics.itl_ns, dtype=np.int64), np.asarray(metrics.itl_count, dtype=np.int64)
         ),
-        e2el=distribution_of(_defined(record.e2el_ns for record in completed)),
+        e2el=distribution_of(_defined(each.e2el_ns for each in times)),
         transfer=distribution_of(
             _defined(t.end_ns - t.start_ns for t in metrics.transfers if t.end_ns is not None and not t.failed)
         ),
@@ -100,22 +101,24 @@ def summarise_served(metrics: RunMetrics) -> RunSummary:
     return replace(summarise(metrics, {}), num_steps=None, num_preemptions=None)
 
 
+class _Times:
+    """A completed request's latencies, and whether each keeps its limit."""
+
+    __slots__ = ("e2el_ns", "keeps_tpot", "keeps_ttft", "tpot_ns", "ttft_ns")
+
+    def __init__(self, record: RequestRecord) -> None:
+        slo = record.request.slo
+        self.ttft_ns, self.tpot_ns, self.e2el_ns = record.ttft_ns, record.tpot_ns, record.e2el_ns
+        self.keeps_ttft = self.ttft_ns is not None and (slo.ttft_ns is None or self.ttft_ns <= slo.ttft_ns)
+        self.keeps_tpot = slo.tpot_ns is None or self.tpot_ns is None or self.tpot_ns <= slo.tpot_ns
+
+
 def _duration_s(records: Sequence[RequestRecord]) -> float | None:
     """From the first arrival to the last token; None where no token came out."""
     last_token_ns = max((r.last_token_ns for r in records if r.last_token_ns is not None), default=None)
     if last_token_ns is None:
         return None
     return (last_token_ns - min(record.request.arrival_ns for record in records)) / 1e9
-
-
-def _keeps_ttft(record: RequestRecord) -> bool:
-    limit_ns, ttft_ns = record.request.slo.ttft_ns, record.ttft_ns
-    return ttft_ns is not None and (limit_ns is None or ttft_ns <= limit_ns)
-
-
-def _keeps_tpot(record: RequestRecord) -> bool:
-    limit_ns, tpot_ns = record.request.slo.tpot_ns, record.tpot_ns
-    return limit_ns is None or tpot_ns is None or tpot_ns <= limit_ns
 
 
 def _rate(amount: int, duration_s: float | None) -> float | None:
@@ -136,7 +139,7 @@ def _kv_use(timelines: Mapping[InstanceId, InstanceTimeline], num_blocks: Mappin
     if not used:
         return None
     in_use = {name: np.asarray(timeline.num_blocks_in_use, dtype=np.int64) for name, timeline in used.items()}
-    num_block_ns = sum(float(np.dot(in_use[name], _step_lengths_ns(timeline))) for name, timeline in used.items())
+    num_block_ns = sum(float((in_use[name] * _step_lengths_ns(timeline)).sum()) for name, timeline in used.items())
     start_ns = min(timeline.time_ns[0] for timeline in used.values())
     end_ns = max(max(timeline.end_ns, default=start_ns) for timeline in used.values())
     peak = max(int(blocks.max()) / num_blocks[name] for name, blocks in in_use.items())

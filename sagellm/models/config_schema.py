@@ -6,7 +6,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 
 class CommonFields(BaseModel):
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), defer_build=True)
 
     model_type: str
     num_hidden_layers: int = Field(gt=0)
@@ -24,7 +24,7 @@ class CommonFields(BaseModel):
 class RopeFields(BaseModel):
     """``rope_scaling`` of older files, ``rope_parameters`` of newer ones."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", defer_build=True)
 
     rope_type: str = Field(default="default", validation_alias=AliasChoices("rope_type", "type"))
     rope_theta: float | None = Field(default=None, gt=1)

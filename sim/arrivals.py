@@ -30,14 +30,14 @@ class Arrivals(Call):
         self._on_progress = on_progress
         self._num_over = 0
         self._followers: dict[int, list[int]] = {}
-        self._due: list[tuple[int, int]] = []  # (time, index) of requests with a recorded time, in order
+        self._due: list[int] = []  # requests with a recorded time, in its order
         self._next = 0
         for index, request in enumerate(trace.requests):
             if request.previous is None:
-                self._due.append((request.arrival_ns, index))
+                self._due.append(index)
             else:
                 self._followers.setdefault(request.previous, []).append(index)
-        self._due.sort()
+        self._due.sort(key=self._arrival_ns)
 
     def start(self) -> None:
         """Arm the first arrival. To be called before the driver runs."""
@@ -46,9 +46,8 @@ class Arrivals(Call):
 
     def happen(self, at_ns: int) -> None:
         """The next request of those with a recorded time arrives."""
-        index = self._due[self._next][1]
+        self.arrive(self._due[self._next], at_ns)
         self._next += 1
-        self.arrive(index, at_ns)
         self._arm()
 
     def arrive(self, index: int, at_ns: int) -> None:
@@ -58,7 +57,10 @@ class Arrivals(Call):
 
     def _arm(self) -> None:
         if self._next < len(self._due):
-            self._driver.call_at(self._due[self._next][0], self)
+            self._driver.call_at(self._arrival_ns(self._due[self._next]), self)
+
+    def _arrival_ns(self, index: int) -> int:
+        return self._trace.requests[index].arrival_ns
 
     def _over(self, request_id: str, now_ns: int) -> None:
         self._num_over += 1

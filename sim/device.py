@@ -220,6 +220,7 @@ class SimDevice:
     def progressed(self, launched: _Launched, num_done: int, at_ns: int) -> None:
         """So many repetitions are over; one more is to be the last."""
         launched.is_open = False
+        launched.due = None
         ends_ns = launched.take_ends_ns(num_done)
         if num_done:
             self._last_end_fs = launched.base_fs + launched.reported_end_fs
@@ -240,6 +241,7 @@ class SimDevice:
         """The step's last repetition ends."""
         first = self._launched.pop(0)
         assert first is launched
+        launched.due = None  # or the two would keep each other alive
         self._last_end_fs = end_fs
         step = launched.step
         if self._ends_to_failure == 0:

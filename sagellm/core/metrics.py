@@ -35,7 +35,7 @@ from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics
 
 _LAUNCH_COLUMNS = 6
 _RETURN_COLUMNS = 2
-_PENDING_MAX = 1 << 16
+_PENDING_MAX = 1 << 14
 
 
 class _Integers:
@@ -46,6 +46,11 @@ class _Integers:
     def __init__(self) -> None:
         self.pending: list[int] = []
         self.settled: array[int] = array("q")
+
+    def extend(self, values: tuple[int, ...]) -> None:
+        self.pending.extend(values)
+        if len(self.pending) > _PENDING_MAX:
+            self.settle()
 
     def settle(self) -> array[int]:
         """Move what is pending over to the array, at C speed, and give it."""
@@ -199,7 +204,7 @@ class MetricsFold:
                 metrics.num_prompt_tokens_queried += record.request.num_prompt_tokens
                 metrics.num_prompt_tokens_hit += chunk.num_computed_tokens
         metrics.num_preemptions += len(plan.preempted_request_ids)
-        self._instance(effect.instance_id).launches.pending.extend(
+        self._instance(effect.instance_id).launches.extend(
             (
                 now_ns,
                 effect.num_running,
@@ -225,13 +230,12 @@ class MetricsFold:
         ends_ns = event.ends_ns
         self.metrics.num_steps += len(ends_ns)
         instance = self._instance(event.instance_id)
-        instance.returns.pending.append(ends_ns[-1])
-        instance.returns.pending.append(len(ends_ns) + instance.num_progressed)
+        instance.returns.extend((ends_ns[-1], len(ends_ns) + instance.num_progressed))
         instance.num_progressed = 0
 
     def _step_failed(self, now_ns: int, event: StepFailed) -> None:
         instance = self._instance(event.instance_id)
-        instance.returns.pending.extend((now_ns, instance.num_progressed))
+        instance.returns.extend((now_ns, instance.num_progressed))
         instance.num_progressed = 0
 
     def result(self) -> RunMetrics:

@@ -10,12 +10,17 @@ from sagellm.core.request import RequestSpec
 from sagellm.core.sampling import GREEDY, SamplingParameters
 
 _SAMPLING = SamplingParameters(temperature=1.0, top_p=0.9)  # the kind that takes most memory
+# A kernel may be compiled for each combination of cut-offs in a batch.
+_CUTOFFS = tuple(
+    SamplingParameters(top_k=top_k, top_p=top_p, min_p=min_p)
+    for top_k in (0, 20)
+    for top_p in (1.0, 0.9)
+    for min_p in (0.0, 0.1)
+)
 _WISHES = (
     GREEDY,
-    SamplingParameters(),
-    SamplingParameters(top_k=20, top_p=0.9),
+    *_CUTOFFS,
     SamplingParameters(top_k=FEW_CANDIDATES_MAX + 1),
-    SamplingParameters(min_p=0.1),
     SamplingParameters(repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1),
     SamplingParameters(temperature=0.0, num_logprobs=5),
     SamplingParameters(logit_bias=((0, 1.0),), bad_words=((1,), (0, 1))),

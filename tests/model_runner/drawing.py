@@ -96,7 +96,7 @@ def transformers_scores(logits: torch.Tensor, wisher: Wisher) -> torch.Tensor:
         barred = sorted(set(range(vocab_size)) - set(sampling.allowed_token_ids))
         chain.append(transformers.SuppressTokensLogitsProcessor(barred))
     if sampling.logit_bias:
-        bias = [[[token_id], value] for token_id, value in sampling.logit_bias]
+        bias = {(token_id,): value for token_id, value in sampling.logit_bias}
         chain.append(transformers.SequenceBiasLogitsProcessor(bias))
     if sampling.min_tokens and wisher.stop_token_ids:
         chain.append(

@@ -3,14 +3,17 @@
 As on a device, what a capture worked out on the host stays what it was, whatever the replay's inputs are.
 """
 
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from backends import registry
 from backends.base import DrawTokens
 from backends.cpu.backend import CpuBackend
 from backends.device_info import BackendCapabilities
@@ -19,6 +22,14 @@ from backends.model_runner.sampler.gumbel_noise import exponential_noise, token_
 from backends.operators.registry import KernelRegistry
 from backends.step_inputs import StepInputs
 from backends.streams import DeviceGraph
+
+
+def install(backend: "RecordingBackend", monkeypatch: pytest.MonkeyPatch) -> "RecordingBackend":
+    """Let ``get_backend`` give the backend as it gives those of other distributions."""
+    added = importlib.metadata.EntryPoint(backend.name, f"{__name__}:create_installed", registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(f"{__name__}.create_installed", lambda: backend, raising=False)
+    monkeypatch.setattr(registry, "_entry_points", lambda: {backend.name: added})
+    return backend
 
 
 class _Recorder(TorchDispatchMode):
@@ -92,8 +103,8 @@ class RecordingBackend(CpuBackend):
         self.num_draws += 1
         return draw_tokens(*rows)  # type: ignore[arg-type]
 
-    def register_operators(self, registry: KernelRegistry) -> None:
-        registry.register(self.name, "attention", masked_attention)
+    def register_operators(self, kernels: KernelRegistry) -> None:
+        kernels.register(self.name, "attention", masked_attention)
 
 
 def draw_tokens(

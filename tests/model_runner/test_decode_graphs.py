@@ -1,6 +1,5 @@
 """Captured decode steps give what steps launched one by one give, at any batch size and after any capture."""
 
-import importlib.metadata
 import io
 import logging
 import random
@@ -10,9 +9,8 @@ import pytest
 import torch
 from context_program import loading
 from instance_loop import InstanceLoop
-from recording_backend import RecordingBackend
+from recording_backend import RecordingBackend, install
 
-from backends import registry
 from backends.model_runner.batch_sizes import NUM_SEQS_CAPTURED_MAX, captured_sizes, smallest_size
 from backends.model_runner.decode_graphs import DecodeGraphs
 from backends.model_runner.kv_blocks import KVBlocks
@@ -68,15 +66,7 @@ def expected_greedy(prompt: list[int], num_tokens: int) -> list[int]:
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> RecordingBackend:
-    return installed(RecordingBackend(), monkeypatch)
-
-
-def installed(backend: RecordingBackend, monkeypatch: pytest.MonkeyPatch) -> RecordingBackend:
-    """The backend, which ``get_backend`` then gives as it gives those of other distributions."""
-    added = importlib.metadata.EntryPoint(backend.name, "recording_backend:installed", registry.ENTRY_POINT_GROUP)
-    monkeypatch.setattr("recording_backend.installed", lambda: backend, raising=False)
-    monkeypatch.setattr(registry, "_entry_points", lambda: {backend.name: added})
-    return backend
+    return install(RecordingBackend(), monkeypatch)
 
 
 def config(**limits: int) -> InstanceConfig:
@@ -127,7 +117,7 @@ def test_preempted_and_resumed(backend: RecordingBackend) -> None:
 @pytest.mark.parametrize("has_kernel", [False, True])
 @pytest.mark.parametrize("is_plain", [False, True])
 def test_all_ways_of_drawing(monkeypatch: pytest.MonkeyPatch, is_plain: bool, has_kernel: bool) -> None:
-    backend = installed(RecordingBackend(has_kernel=has_kernel), monkeypatch)
+    backend = install(RecordingBackend(has_kernel=has_kernel), monkeypatch)
     wishes = (
         SamplingParameters(seed=2**63 + 11),
         SamplingParameters(seed=12, temperature=0.3),
@@ -183,7 +173,7 @@ def test_filling_up_writes_to_nobodys_blocks(backend: RecordingBackend) -> None:
 def test_a_capture_that_runs_out_of_memory_is_told_once(
     num_captured: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    backend = installed(RecordingBackend(fails_at=num_captured), monkeypatch)
+    backend = install(RecordingBackend(fails_at=num_captured), monkeypatch)
     with (
         caplog.at_level(logging.WARNING),
         InstanceLoop(config(), loads=(loading(HashProgram()),), backend=backend.name) as loop,

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from instance_loop import InstanceLoop
+from recording_backend import RecordingBackend, install
 
 from backends.base import HardwareBackend
 from backends.executor_settings import ExecutorSettings
@@ -19,7 +20,7 @@ from sagellm.core.config import InstanceConfig, Role
 from sagellm.core.identity import InstanceId, RequestId
 from sagellm.core.request import RequestSpec
 
-NUM_OUTPUT_TOKENS = 64
+NUM_OUTPUT_TOKENS = 40
 VOCAB_SIZE = 97
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -48,13 +49,16 @@ PROMPTS = [
 ]
 
 
-BACKENDS = [state.name for state in list_backends() if state.available]
+BACKENDS = [*(state.name for state in list_backends() if state.available), RecordingBackend.name]
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that this machine has."""
-    return str(request.param)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend that this machine has, and one whose graphs are a CPU's."""
+    name = str(request.param)
+    if name == RecordingBackend.name:
+        install(RecordingBackend(), monkeypatch)
+    return name
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def test_every_benchmark_has_its_command_in_the_readme() -> None:
-    commands = re.findall(r"`python (benchmarks/\S+\.py)`", (FOLDER / "README.md").read_text(encoding="utf-8"))
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`python (benchmarks/\S+\.py)`", text)
+    commands += [f"{name.replace('.', '/')}.py" for name in re.findall(r"`python -m (benchmarks\.\S+?)`", text)]
     runnable = [path for path in FOLDER.rglob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
     files = [str(path.relative_to(FOLDER.parent)) for path in runnable]
     assert sorted(commands) == sorted(files)

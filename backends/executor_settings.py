@@ -12,7 +12,7 @@ class ExecutorSettings(msgspec.Struct, frozen=True):
     model: str  # a folder with weights, a config.json, a Hub id or a known model's name
     backend: str  # cpu, cuda, ...; "none" costs nothing and gives made-up tokens
     device_indexes: tuple[int, ...] = (0,)
-    load_format: str = "auto"  # safetensors | dummy | auto: safetensors where the model is a folder with them
+    load_format: str = "auto"  # safetensors | dummy | auto: dummy for sagellm's own models, safetensors for others
     dtype: str = "auto"  # bfloat16 | float16 | float32 | auto: the configuration's
     seed: int = 0  # of dummy weights
     max_model_len: int = 0  # 0: the configuration's

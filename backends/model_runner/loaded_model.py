@@ -26,6 +26,7 @@ from sagellm.runtime.execution_graph.passes.fusion import fuse
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _LOAD_FORMATS = ("auto", "dummy", "safetensors")
+_WITHOUT_CHECKPOINT = "sagellm/"  # known models that are for random weights only
 _NUM_POSITIONS_UNSTATED = 32_768
 
 
@@ -76,9 +77,20 @@ def _weights_folder(settings: ExecutorSettings) -> Path | None:
     if settings.load_format == "dummy":
         return None
     path = Path(settings.model)
-    if settings.load_format == "auto":
-        return path if path.is_dir() and has_checkpoint(path) else None
-    return model_folder(settings.model)
+    if settings.load_format == "auto" and settings.model.startswith(_WITHOUT_CHECKPOINT) and not path.exists():
+        return None
+    if path.is_file():
+        raise ExecutorError(
+            f"model: {path} describes a model without weights; give the folder that has its safetensors, "
+            "or --load-format dummy for random weights"
+        )
+    folder = model_folder(settings.model)
+    if not has_checkpoint(folder):
+        raise ExecutorError(
+            f"model: {folder} has no safetensors beside its config.json; give a folder that has them, "
+            "or --load-format dummy for random weights"
+        )
+    return folder
 
 
 def _config(settings: ExecutorSettings, folder: Path | None) -> ModelConfig:

@@ -22,5 +22,6 @@ def model_folder(model: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model: {model!r} is no folder, and the Hub did not give it ({reason:.200}); "
-            "give a folder with config.json and safetensors, or the id of a model that can be reached"
+            "give a folder with config.json and safetensors, the id of a model that can be reached, or "
+            "--load-format dummy for random weights where the shape is known"
         ) from error

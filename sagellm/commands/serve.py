@@ -42,7 +42,7 @@ Exit code 0: stopped as asked, 2: something to put right.
     type=click.Choice(["auto", "safetensors", "dummy"]),
     default="auto",
     show_default=True,
-    help="Where weights come from; dummy draws them at random from --seed.",
+    help="Where weights come from; dummy draws them at random from --seed, as auto does for sagellm's own models.",
 )
 @click.option(
     "--dtype",

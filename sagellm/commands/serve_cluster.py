@@ -68,7 +68,7 @@ def choose_served_cluster(options: ServeOptions) -> ServedCluster:
         num_instances = sum(group.count for group in cluster.instances)
         deployment = deploy(
             cluster,
-            ModelChoice(_load_format(options.load_format, model), options.dtype, options.seed),
+            ModelChoice(options.load_format, options.dtype, options.seed),
             backend=options.backend,
             num_devices=num_devices,
             num_threads=options.num_threads or _num_threads(num_instances),
@@ -124,13 +124,6 @@ def _model(name: str, options: ServeOptions) -> ServedModel:
 
 def _is_known(name: str) -> bool:
     return name.lower() in (known.lower() for known in known_model_ids())
-
-
-def _load_format(wanted: str, model: ServedModel) -> str:
-    """A model without a folder has no weights but random ones."""
-    if wanted != "auto":
-        return wanted
-    return "dummy" if model.folder is None else "safetensors"
 
 
 def _backends_of(cluster: ClusterDescription, backend: str | None) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,6 +255,21 @@ def test_what_cannot_start_says_why() -> None:
     assert "dtype: 'int3', must be auto or one of" in refusal(**{**toy, "dtype": "int3"})
     assert "load_format: 'gguf', must be one of" in refusal(**{**toy, "load_format": "gguf"})
     assert "'vax'" in refusal(**{**toy, "backend": "vax"})
+
+
+def test_weights_are_made_up_only_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = tmp_path / "config.json"
+    config.write_bytes(resources.files("sagellm.models").joinpath("configs", "toy.json").read_bytes())
+    for model in (str(config), str(tmp_path), "Qwen/Qwen3-0.6B", "nobody/nothing"):
+        for load_format in ("auto", "safetensors"):
+            reason = refusal(model=model, load_format=load_format)
+            assert "--load-format dummy" in reason, model
+            assert "\n" not in reason
+    for model, load_format in ((str(config), "dummy"), (str(tmp_path), "dummy"), ("sagellm/toy", "auto")):
+        executor = make_executor(settings(model=model, load_format=load_format))
+        executor.start(lambda outcome: None, lambda reason: None)
+        executor.close()
 
 
 def test_a_sequence_that_outgrows_the_model_ends_alone() -> None:

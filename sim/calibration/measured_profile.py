@@ -58,7 +58,9 @@ def hardware_name(backend: str, num_threads: int) -> str:
         return get_backend(backend).get_device_info(0).name
     names = _processor_names()
     processor = f"{len(names)} x {names[0]}" if names else "a processor without a name"
-    return f"{processor}, {f'{num_threads} threads' if num_threads else 'threads as torch likes'}"
+    if not num_threads:
+        return f"{processor}, threads as torch likes"
+    return f"{processor}, {num_threads} {'thread' if num_threads == 1 else 'threads'}"
 
 
 def _processor_names() -> Sequence[str]:

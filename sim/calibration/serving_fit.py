@@ -49,31 +49,42 @@ class ServingFit:
 
 
 def fit_serving(replays: Sequence[ServedReplay]) -> ServingFit:
-    """All replays together.
+    """All replays together; where they differ in how long the same steps took, the middle one counts.
 
     Raises:
         ValueError: they have too few steps of a kind, or too few requests that completed.
     """
     steps = [step for replay in replays for step in replay.logged.steps]
-    overheads_us = [value for replay in replays for value in replay.overheads_us()]
-    if len(overheads_us) < REQUESTS_MIN:
+    num_requests = sum(len(replay.overheads_us()) for replay in replays)
+    if num_requests < REQUESTS_MIN:
         raise ValueError(
-            f"{len(overheads_us)} requests are in both the log and the client's records; the fit needs "
+            f"{num_requests} requests are in both the log and the client's records; the fit needs "
             f"{REQUESTS_MIN} or more"
         )
-    table = _of_equal_sum(fit_table(steps), steps)
-    request_us = max(0.0, _trimmed_mean(overheads_us))
-    return ServingFit(table, request_us, len(steps), len(overheads_us), tuple(step_errors(table, steps)))
+    return adjusted(ServingFit(fit_table(steps), 0.0, len(steps), num_requests, ()), replays)
 
 
-def _of_equal_sum(table: StepPriceTable, steps: Sequence[TimedStep]) -> StepPriceTable:
-    """The table made to give what decodes took all together, and so what steps with chunks took.
+def adjusted(fit: ServingFit, replays: Sequence[ServedReplay]) -> ServingFit:
+    """The fit with its prices scaled to what the steps of these replays took, and with their requests' overhead.
+
+    Where a machine is slower at one time than at another, replays of about the same time tell by how much.
+    """
+    steps = [step for replay in replays for step in replay.logged.steps]
+    table = _of_equal_sum(fit.table, replays)
+    request_us = statistics.median(_trimmed_mean(some) for replay in replays if (some := replay.overheads_us()))
+    return replace(fit, table=table, request_us=max(0.0, request_us), errors=tuple(step_errors(table, steps)))
+
+
+def _of_equal_sum(table: StepPriceTable, replays: Sequence[ServedReplay]) -> StepPriceTable:
+    """The table made to give what a replay's decodes took all together, and so what its steps with chunks took.
 
     The fit counts steps that took far longer than others as less than they were. Yet a request waits for
     them, too, and what counts for it is the sum.
     """
-    decode = time_ratio(table, [step for step in steps if not step.features.chunks])
-    mixed = time_ratio(table, [step for step in steps if step.features.chunks])
+    decodes = [[step for step in replay.logged.steps if not step.features.chunks] for replay in replays]
+    others = [[step for step in replay.logged.steps if step.features.chunks] for replay in replays]
+    decode = statistics.median(time_ratio(table, steps) for steps in decodes if steps)
+    mixed = statistics.median(time_ratio(table, steps) for steps in others if steps)
     return replace(
         table,
         decode_base_fs=tuple(round(price * decode) for price in table.decode_base_fs),

@@ -49,7 +49,7 @@ GROUP_SIZE = NUM_HEADS // NUM_KV_HEADS
 
 DECODE_SHAPES = tuple(
     TileShape(16, *rest)
-    for rest in ((64, 4, 3), (64, 4, 2), (64, 2, 3), (32, 4, 4), (32, 2, 4), (32, 2, 3), (128, 4, 2), (128, 8, 2))
+    for rest in ((64, 4, 3), (64, 4, 4), (64, 4, 2), (64, 2, 3), (32, 4, 4), (32, 2, 4), (128, 4, 2), (128, 8, 2))
 )
 PREFILL_SHAPES = tuple(
     TileShape(*shape)
@@ -121,11 +121,11 @@ class Batch:
         return Variant(group, case, name, self.num_bytes, self.num_flops, runs, is_current)
 
 
-def decode_call(shape: TileShape, num_parts: int) -> Callable[..., object]:
+def decode_call(shape: TileShape, num_parts: int, spares_masks: bool) -> Callable[..., object]:
     def call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         where = (inputs.context_lens, inputs.block_tables, num_parts, shape)
-        decode_attention(query, keys, values, out, *where, scale=SCALE, sliding_window=0)
+        decode_attention(query, keys, values, out, *where, scale=SCALE, sliding_window=0, spares_masks=spares_masks)
 
     return call
 
@@ -155,14 +155,16 @@ def current_call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
 
 def decode_variants() -> Iterator[Variant]:
     for batch, context, parts in (
-        (1, 1024, (8, 16, 32)), (1, 32768, (64, 128, 256)), (8, 1024, (4, 8, 16)), (32, 1024, (1, 2, 4, 8)),
-        (64, 1024, (1, 2, 4)), (128, 1024, (1, 2, 4)), (256, 1024, (1, 2)), (256, 512, (1, 2)), (32, 8192, (4, 8, 16)),
+        (1, 1000, (8, 16)), (1, 32000, (64, 128)), (8, 1000, (8, 16)), (32, 1000, (2, 4, 8)),
+        (128, 1000, (1, 2, 4)), (256, 600, (1, 2)), (32, 8000, (4, 8)),
     ):  # fmt: skip
         what, case = Batch(((1, context),) * batch), f"{batch} x {context}"
         yield what.variant("decode", case, "current", current_call, True)
         for num_parts in parts:
             for shape in DECODE_SHAPES:
-                yield what.variant("decode", case, named(shape, num_parts), decode_call(shape, num_parts), False)
+                for masks in (True, False):
+                    name = f"{named(shape, num_parts)}{'' if masks else ', all masked'}"
+                    yield what.variant("decode", case, name, decode_call(shape, num_parts, masks), False)
 
 
 def prefill_variants() -> Iterator[Variant]:

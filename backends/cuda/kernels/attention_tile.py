@@ -13,12 +13,20 @@ import triton.language as tl
 
 
 @triton.jit
+def blocks_of(table, first_key, first_seen_key, end_key, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """Blocks [KEYS] of the keys from ``first_key`` on, as far as they are in [first_seen_key, end_key)."""
+    key_positions = first_key + tl.arange(0, KEYS)
+    is_seen = (key_positions >= first_seen_key) & (key_positions < end_key)
+    return tl.load(table + key_positions // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
+
+
+@triton.jit
 def attend(
     query,
     query_positions,
     key_head,
     value_head,
-    table,
+    blocks,
     first_key,
     first_seen_key,
     end_key,
@@ -46,10 +54,8 @@ def attend(
     columns = tl.arange(0, COLUMNS)
     if MASKED:
         is_seen = (key_positions >= first_seen_key) & (key_positions < end_key)
-        blocks = tl.load(table + key_positions // BLOCK_SIZE, mask=is_seen, other=0).to(tl.int64)
         inside = is_seen[:, None] & (columns < HEAD_DIM)[None, :]
     else:
-        blocks = tl.load(table + key_positions // BLOCK_SIZE).to(tl.int64)
         inside = (columns < HEAD_DIM)[None, :]
     offsets = key_positions % BLOCK_SIZE
     key_places = blocks * key_block_stride + offsets * key_slot_stride
@@ -100,23 +106,31 @@ def attend_range(
     COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    SPARES_MASKS: tl.constexpr,
 ):
     """All keys from ``first_key``, a multiple of KEYS, to ``end_key``; those before ``end_unmasked_key`` unmasked."""
     result = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     weight_sum = tl.zeros((ROWS,), dtype=tl.float32)
     score_max = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
-    if WINDOW == 0:
+    # A tile's blocks are looked up while the tile before it is computed. Were they looked up where they are used, no
+    # keys would be on their way before that: the compiler then holds one tile at a time.
+    blocks = blocks_of(table, first_key, first_seen_key, end_key, BLOCK_SIZE, KEYS)
+    if SPARES_MASKS:
         for start in range(first_key, end_unmasked_key, KEYS):
+            next_blocks = blocks_of(table, start + KEYS, first_seen_key, end_key, BLOCK_SIZE, KEYS)
             result, weight_sum, score_max = attend(
-                query, query_positions, key_head, value_head, table, start, first_seen_key, end_key,
+                query, query_positions, key_head, value_head, blocks, start, first_seen_key, end_key,
                 key_block_stride, key_slot_stride, value_block_stride, value_slot_stride, scale,
                 result, weight_sum, score_max, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW, False,
             )  # fmt: skip
+            blocks = next_blocks
         first_key = tl.maximum(first_key, end_unmasked_key)
     for start in range(first_key, end_key, KEYS):
+        next_blocks = blocks_of(table, start + KEYS, first_seen_key, end_key, BLOCK_SIZE, KEYS)
         result, weight_sum, score_max = attend(
-            query, query_positions, key_head, value_head, table, start, first_seen_key, end_key,
+            query, query_positions, key_head, value_head, blocks, start, first_seen_key, end_key,
             key_block_stride, key_slot_stride, value_block_stride, value_slot_stride, scale,
             result, weight_sum, score_max, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW, True,
         )  # fmt: skip
+        blocks = next_blocks
     return result, weight_sum, score_max

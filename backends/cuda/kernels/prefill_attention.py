@@ -79,7 +79,7 @@ def _prefill_attention(
         first_seen_key,
         (first_position + 1) // KEYS * KEYS,
         key_block_stride, key_slot_stride, value_block_stride, value_slot_stride,
-        scale, ROWS, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW,
+        scale, ROWS, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW, WINDOW == 0,
     )  # fmt: skip
     result = result / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
     places = token_rows * out_row_stride + head_columns

@@ -155,8 +155,8 @@ def current_call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
 
 def decode_variants() -> Iterator[Variant]:
     for batch, context, parts in (
-        (1, 1000, (8, 16)), (1, 32000, (64, 128)), (8, 1000, (8, 16)), (32, 1000, (2, 4, 8)),
-        (128, 1000, (1, 2, 4)), (256, 600, (1, 2)), (32, 8000, (4, 8)),
+        (1, 1000, (8, 16)), (1, 32000, (64, 128)), (8, 1000, (8, 16)), (32, 1000, (2, 3, 4, 6, 8)),
+        (128, 1000, (1, 2, 3, 4)), (256, 600, (1, 2)), (32, 8000, (4, 8)),
     ):  # fmt: skip
         what, case = Batch(((1, context),) * batch), f"{batch} x {context}"
         yield what.variant("decode", case, "current", current_call, True)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from backends.cuda.kernels.attention_tile import attend_range
-from backends.cuda.kernels.tile_shapes import TileShape, head_columns
+from backends.cuda.kernels.tile_shapes import PARTS_MAX, TileShape, head_columns
 
 
 @triton.jit(
@@ -79,6 +79,7 @@ def _join_parts(
     out,
     out_row_stride,
     num_parts,
+    PARTS_MAX: tl.constexpr,
     PARTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -86,16 +87,23 @@ def _join_parts(
     """One program for each sequence and head: parts weighed by the sum of their exponentials, 2 ** score."""
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    parts, columns = tl.arange(0, PARTS), tl.arange(0, COLUMNS)
-    is_part = parts < num_parts
-    places = (sequence * tl.num_programs(1) + head) * num_parts + parts
-    scores = tl.load(part_scores + places, mask=is_part, other=float("-inf"))
+    first_place = (sequence * tl.num_programs(1) + head) * num_parts
+    every = tl.arange(0, PARTS_MAX)
+    scores = tl.load(part_scores + first_place + every, mask=every < num_parts, other=float("-inf"))
     score_max = tl.max(scores, axis=0)
-    weights = tl.exp2(scores - tl.where(score_max == float("-inf"), 0.0, score_max))
-    inside = is_part[:, None] & (columns < HEAD_DIM)[None, :]
-    results = tl.load(part_results + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
-    weight_sum = tl.sum(weights, axis=0)
-    joined = tl.sum(results * weights[:, None], axis=0) / tl.where(weight_sum == 0.0, 1.0, weight_sum)
+    score_max = tl.where(score_max == float("-inf"), 0.0, score_max)
+    weight_sum = tl.sum(tl.exp2(scores - score_max), axis=0)
+    columns = tl.arange(0, COLUMNS)
+    joined = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for first in range(0, num_parts, PARTS):
+        parts = first + tl.arange(0, PARTS)
+        is_part = parts < num_parts
+        places = first_place + parts
+        weights = tl.exp2(tl.load(part_scores + places, mask=is_part, other=float("-inf")) - score_max)
+        inside = is_part[:, None] & (columns < HEAD_DIM)[None, :]
+        results = tl.load(part_results + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
+        joined += tl.sum(results * weights[:, None], axis=0)
+    joined = joined / tl.where(weight_sum == 0.0, 1.0, weight_sum)
     place = sequence * out_row_stride + head * HEAD_DIM + columns
     tl.store(out + place, joined.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
 
@@ -116,7 +124,7 @@ def decode_attention(
 ) -> None:
     """Attention of the first rows of ``query``, one for each of ``context_lens``, into those of ``out``.
 
-    Each sequence's own keys are cut into ``num_parts`` parts on the device: a captured launch stays right for
+    Each sequence's own keys are cut into ``num_parts`` parts, at most PARTS_MAX, on the device: a captured launch stays right for
     any context.
     """
     num_seqs = context_lens.shape[0]
@@ -165,7 +173,8 @@ def decode_attention(
             out,
             out.stride(0),
             num_parts,
-            PARTS=triton.next_power_of_2(num_parts),
+            PARTS_MAX=PARTS_MAX,
+            PARTS=16,
             HEAD_DIM=head_dim,
             COLUMNS=head_columns(head_dim),
         )

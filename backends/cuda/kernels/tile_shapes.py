@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 _DOT_ROWS_MIN = 16  # of an operand of tl.dot, and the least of the dimension that it sums over
-_PARTS_MAX = 64
+PARTS_MAX = 128  # a power of two
 _KEYS_PER_PART_MIN = 128
 # More programs than multiprocessors, so that each has several whose loads overlap.
 _PROGRAMS_PER_UNIT = 4
@@ -45,7 +45,7 @@ def num_decode_parts(num_programs: int, context_len_max: int, num_compute_units:
     """Parts of each sequence's keys, a power of two: enough to fill the device, none shorter than is worth while."""
     wanted = -(-_PROGRAMS_PER_UNIT * num_compute_units // max(num_programs, 1))
     worthwhile = -(-context_len_max // _KEYS_PER_PART_MIN)
-    return power_of_two_from(max(1, min(wanted, worthwhile, _PARTS_MAX)))
+    return power_of_two_from(max(1, min(wanted, worthwhile, 64)))
 
 
 def head_columns(head_dim: int) -> int:

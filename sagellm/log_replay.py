@@ -8,7 +8,7 @@ from random import Random
 from sagellm.control_plane.control_plane import ControlPlane
 from sagellm.core.identity import CONTROL_PLANE, InstanceId
 from sagellm.core.log import HandledEvent, LogHeader, Polled, read_log
-from sagellm.core.messages import Effect, Event
+from sagellm.core.messages import Effect, Event, InstanceJoined
 from sagellm.runtime.instance import Instance
 
 
@@ -35,11 +35,15 @@ def replay_log(lines: Iterator[bytes], name: str) -> LogReplayResult:
     """Feed the events to fresh machines, poll where the run polled, and compare. Raises `LogError`."""
     header, records = read_log(lines, name)
     machines = _make_machines(header)
+    configs = {config.instance_id: config for config in header.instances}
     num_events = num_polls = num_effects = 0
     for line, record in enumerate(records, start=2):
         machine = machines[record.machine]
         if isinstance(record, HandledEvent):
             num_events += 1
+            if isinstance(record.event, InstanceJoined):
+                # It may have been lost before, and started again.
+                machines[record.event.instance_id] = Instance(configs[record.event.instance_id])
             machine.handle(record.event, record.now_ns)  # type: ignore[arg-type]
             continue
         num_polls += 1

@@ -145,10 +145,44 @@ def test_a_lost_peer_closes_what_goes_there_and_writes_nothing_more() -> None:
     assert not pair.executor.written
 
 
+def test_what_a_lost_instance_had_sent_is_not_taken_for_its_successor_s() -> None:
+    """Both number their transfers from 1."""
+    pair = Pair()
+    pair.target.open(reserved(1))
+    pair.source.start(transfer(1, 1))
+    _, of_the_lost = pair.on_the_way.popleft()
+    pair.target.lose_peer(SOURCE)
+    pair.target.welcome_peer(SOURCE, 1)
+    pair.target.open(reserved(1))
+    pair.target.receive(of_the_lost)
+    assert not pair.executor.written
+    pair.source = KVTransfers(
+        SOURCE, pair.executor, lambda to, message: pair.on_the_way.append((to, message)), incarnation=1
+    )
+    pair.source.start(transfer(1, 1))
+    assert pair.source.receive(TransferAnswer(TransferId("t1"), 0)) is None
+    assert pair.deliver() == [KVTransferred(TransferId("t1"))]
+    assert len(pair.executor.written) == 1
+
+
+def test_an_answer_to_a_lost_instance_is_not_its_successor_s() -> None:
+    pair = Pair()
+    pair.target.open(reserved(1))
+    pair.source.start(transfer(1, 1))
+    assert pair.deliver() == [KVTransferred(TransferId("t1"))]
+    pair.target.lose_peer(SOURCE)
+    pair.target.welcome_peer(SOURCE, 1)
+    pair.source = KVTransfers(
+        SOURCE, pair.executor, lambda to, message: pair.on_the_way.append((to, message)), incarnation=1
+    )
+    pair.source.start(transfer(1, 1))
+    assert pair.deliver() == [KVTransferFailed(TransferId("t1"), "the blocks are not reserved for it any more")]
+
+
 def test_data_of_another_size_is_a_failure_that_says_so() -> None:
     pair = Pair()
     pair.target.open(reserved(1, 2))
-    pair.target.receive(TransferData(TransferId("t1"), REQUEST, SOURCE, (BlockId(1), BlockId(2)), b"x"))
+    pair.target.receive(TransferData(TransferId("t1"), REQUEST, SOURCE, 0, (BlockId(1), BlockId(2)), b"x"))
     _, answer = pair.on_the_way.popleft()
     assert isinstance(answer, TransferAnswer)
     assert "1 bytes, must be 2" in str(answer.failure)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,20 +25,23 @@ from sagellm.server.live.front_driver import LiveEngine
 from sagellm.server.live.instance_driver import DriverOptions
 from sagellm.server.live.instance_host import StartError
 from sagellm.server.live.live_log import LiveLog
-from sagellm.server.live.supervisor import InstanceProcesses
+from sagellm.server.live.supervisor import InstanceProcesses, _InstanceProcess
 from sagellm.server.live.wire import InstanceDied
 
 NUM_BLOCKS = 4096
 Scenario = Callable[[LiveEngine, InstanceProcesses], Awaitable[None]]
 
 
-def serve(cluster: Cluster, scenario: Scenario, *, silence_s_max: float = 30.0) -> None:
+def serve(
+    cluster: Cluster, scenario: Scenario, *, silence_s_max: float = 30.0, restart_after_s: float = 3600.0
+) -> None:
     """Run the scenario on processes; then nothing is left over, and the log replays."""
     file = io.BytesIO()
     host = InstanceProcesses(
         [each.settings for each in cluster.deployment().instances],
         DriverOptions(keeps_log=True, checks=True),
         silence_s_max=silence_s_max,
+        restart_after_s=restart_after_s,
     )
 
     async def run() -> None:
@@ -116,6 +120,48 @@ def test_a_killed_instance_costs_no_token_and_repeats_none(
         assert engine.is_alive
 
     serve(cluster, scenario)
+
+
+def test_lost_instances_are_started_again_and_serve_as_before() -> None:
+    cluster = Cluster((big("p", Role.PREFILL), big("d", Role.DECODE)))
+
+    async def back(engine: LiveEngine) -> None:
+        while any(each.is_lost for each in engine.snapshots()):
+            await asyncio.sleep(0.01)
+
+    async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
+        for victim in (InstanceId("d"), InstanceId("p")):
+            before = process_ids(host)
+            specs = [request(f"{victim}-{name}", 50 + name, 300, first_id=1000 * name) for name in range(3)]
+            others = [asyncio.ensure_future(read(engine.submit(spec))) for spec in specs[1:]]
+            token_ids = await read_some(engine, specs[0], 20, partial(os.kill, before[victim], signal.SIGKILL))
+            assert token_ids == expected(specs[0])
+            for spec, (got, outcome) in zip(specs[1:], await asyncio.gather(*others), strict=True):
+                assert (got, outcome) == (expected(spec), RequestOutcome(FinishReason.LENGTH))
+            await back(engine)
+            after = process_ids(host)
+            assert {name for name in before if before[name] != after[name]} == {victim}
+        # Those that came back know each other: KV goes from the new one to the new one.
+        num_tokens = {each.instance_id: each.status.num_output_tokens for each in engine.snapshots()}
+        await read(engine.submit(request("last", 40, 10)))
+        while any(each.status.num_output_tokens == num_tokens[each.instance_id] for each in engine.snapshots()):
+            await asyncio.sleep(0.01)
+
+    serve(cluster, scenario, restart_after_s=0.0)
+
+
+def test_the_pause_before_an_instance_that_never_lasts_grows() -> None:
+    async def run() -> None:
+        process = _InstanceProcess.__new__(_InstanceProcess)
+        process.instance_id, process.listens, process.listens_s = InstanceId("a"), False, 0.0
+        host = InstanceProcesses([], DriverOptions())
+        host._loop = asyncio.get_running_loop()
+        pauses_s = [host._pause_s(process) for _ in range(8)]
+        assert pauses_s == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+        process.listens, process.listens_s = True, host._loop.time() - 301
+        assert host._pause_s(process) == 2.0
+
+    asyncio.run(run())
 
 
 def test_without_instances_requests_end_and_the_engine_says_so() -> None:

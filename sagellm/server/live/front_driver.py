@@ -49,7 +49,7 @@ from sagellm.server.live.deployment import DeployedInstance, Deployment
 from sagellm.server.live.instance_host import HostListener, InstanceHost
 from sagellm.server.live.live_log import LiveLog, LogLines
 from sagellm.server.live.request_stream import RequestStream
-from sagellm.server.live.wire import Deliver, FromInstance, OutgoingEffect, PeerLost, Turn
+from sagellm.server.live.wire import Deliver, FromInstance, OutgoingEffect, PeerBack, PeerLost, Turn
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class _InstanceRecord:
     deployed: DeployedInstance
     status: InstanceStatus
     is_lost: bool = False
+    incarnation: int = 0  # how often it was lost before
 
 
 class LiveEngine:
@@ -89,6 +90,7 @@ class LiveEngine:
         self._outbox: dict[InstanceId, list[MessageToInstance]] = {}
         self._turn_is_due = False
         self._num_turns = 0
+        self._is_started = False
         self._is_draining = False
         self._all_over = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
@@ -98,7 +100,8 @@ class LiveEngine:
     async def start(self, on_started: Callable[[InstanceId], None] = lambda _: None) -> None:
         """Returns when requests can be served; ``on_started`` is called for each instance. Raises `StartError`."""
         self._loop = asyncio.get_running_loop()
-        await self._host.start(HostListener(self._on_message, self._on_lost, on_started))
+        await self._host.start(HostListener(self._on_message, self._on_lost, on_started, self._on_back))
+        self._is_started = True
         for record in self._instances.values():
             if not record.is_lost:
                 self._hand_in(_joined(record.deployed))
@@ -355,9 +358,27 @@ class LiveEngine:
         )
         self._hand_in(InstanceLost(instance_id, emitted))
 
+    def _on_back(self, instance_id: InstanceId, incarnation: int) -> None:
+        """A lost instance runs again, with nothing in it; it hears which of its peers were lost before, too."""
+        record = self._instances[instance_id]
+        record.is_lost, record.incarnation = False, incarnation
+        record.status = _first_status(instance_id)
+        _LOG.warning("%s is back", instance_id)
+        for other_id, other in self._instances.items():
+            if other_id != instance_id and not other.is_lost:
+                self._host.send(other_id, PeerBack(instance_id, incarnation))
+                if other.incarnation:
+                    self._host.send(instance_id, PeerBack(other_id, other.incarnation))
+        if self._is_started:
+            self._hand_in(_joined(record.deployed))
+
 
 def _record(deployed: DeployedInstance) -> _InstanceRecord:
-    return _InstanceRecord(deployed, InstanceStatus(deployed.instance_id, *[0] * 10))
+    return _InstanceRecord(deployed, _first_status(deployed.instance_id))
+
+
+def _first_status(instance_id: InstanceId) -> InstanceStatus:
+    return InstanceStatus(instance_id, *[0] * 10)
 
 
 def _joined(deployed: DeployedInstance) -> InstanceJoined:

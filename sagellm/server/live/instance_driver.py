@@ -45,6 +45,7 @@ from sagellm.server.live.wire import (
     FromInstance,
     InstanceDied,
     OutgoingEffect,
+    PeerBack,
     PeerLost,
     PeerMessage,
     Stop,
@@ -89,6 +90,8 @@ class InstanceDriver:
         outbox: InstanceOutbox,
         options: DriverOptions,
         clock: LiveClock | None = None,
+        *,
+        incarnation: int = 0,  # how often an instance of this name was lost before
     ) -> None:
         self._config = config
         self._executor = executor
@@ -97,7 +100,7 @@ class InstanceDriver:
         self._machine = Instance(config)
         self._checks = options.checks
         self._log = LogLines(config.instance_id) if options.keeps_log else None
-        self._transfers = KVTransfers(config.instance_id, executor, outbox.to_peer)
+        self._transfers = KVTransfers(config.instance_id, executor, outbox.to_peer, incarnation)
         self._counts = InstanceCounts(config.instance_id)
         self._lookups = PromptLookups(self._counts)
         self._received: list[ToInstance | PeerMessage] = []
@@ -238,6 +241,8 @@ class InstanceDriver:
             case PeerLost(instance_id=peer_id):
                 events.extend(self._transfers.lose_peer(peer_id))
                 self._outbox.forget_peer(peer_id)
+            case PeerBack(instance_id=peer_id, incarnation=incarnation):
+                self._transfers.welcome_peer(peer_id, incarnation)
             case Stop():
                 self._leave()
             case _:

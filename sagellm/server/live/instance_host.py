@@ -16,13 +16,15 @@ class StartError(RuntimeError):
 class HostListener:
     """Called on the event loop's thread.
 
-    ``on_lost`` comes at most once for each instance, after all that it had said, and nothing of it
-    comes later; its second argument says what happened.
+    ``on_lost`` comes once for each loss of an instance, after all that it had said, and nothing of it
+    comes later; its second argument says what happened. A host may start a lost instance again: ``on_back``
+    comes when it can run steps, with the number of its losses so far.
     """
 
     on_message: Callable[[InstanceId, FromInstance], None]
     on_lost: Callable[[InstanceId, str], None]
     on_started: Callable[[InstanceId], None]
+    on_back: Callable[[InstanceId, int], None]
 
 
 class InstanceHost(Protocol):
@@ -35,7 +37,7 @@ class InstanceHost(Protocol):
         """Messages arrive in order; those to an instance that is gone are dropped."""
 
     def kill(self, instance_id: InstanceId) -> None:
-        """End an instance at once, in the middle of whatever it does."""
+        """End an instance at once, in the middle of whatever it does, and for good."""
 
     async def stop(self) -> None:
         """Let all instances leave, and end those that do not."""

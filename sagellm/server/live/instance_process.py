@@ -41,6 +41,7 @@ class ProcessSettings(msgspec.Struct, frozen=True):
     parent_process_id: int
     front_endpoint: str
     peer_endpoints: dict[InstanceId, str]  # of all instances, its own too
+    incarnation: int = 0  # how often an instance of this name was lost before
 
 
 def write_settings(pipe: BinaryIO, settings: ProcessSettings) -> None:
@@ -142,7 +143,9 @@ def run(settings: ProcessSettings) -> int:
     sockets = InstanceSockets(settings)
     try:
         executor = make_executor(settings.executor)
-        driver = InstanceDriver(settings.executor.instance, executor, sockets, settings.options)
+        driver = InstanceDriver(
+            settings.executor.instance, executor, sockets, settings.options, incarnation=settings.incarnation
+        )
         driver.start(sockets.wake)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         sockets.to_front(StartFailed(instance_id, str(error)))

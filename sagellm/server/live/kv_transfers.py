@@ -38,14 +38,16 @@ class _Outgoing:
 class KVTransfers:
     """Transfers from and to one instance."""
 
-    def __init__(self, instance_id: InstanceId, executor: StepExecutor, send: SendToPeer) -> None:
+    def __init__(self, instance_id: InstanceId, executor: StepExecutor, send: SendToPeer, incarnation: int = 0) -> None:
         self._instance_id = instance_id
+        self._incarnation = incarnation
         self._executor = executor
         self._send = send
         self._outgoing: dict[TransferId, _Outgoing] = {}
         self._reserved: dict[RequestId, KVReserved] = {}
-        self._answers: OrderedDict[TransferId, TransferAnswer] = OrderedDict()
+        self._answers: OrderedDict[tuple[int, TransferId], TransferAnswer] = OrderedDict()
         self._lost: dict[InstanceId, None] = {}
+        self._incarnations: dict[InstanceId, int] = {}  # of peers that run again
 
     # --- the receiving end -------------------------------------------------------------------------
 
@@ -70,7 +72,12 @@ class KVTransfers:
             return KVTransferFailed(transfer.transfer_id, f"{self._instance_id} cannot read the KV: {error}")
         self._outgoing[transfer.transfer_id] = _Outgoing(target_id)
         message = TransferData(
-            transfer.transfer_id, transfer.request_id, self._instance_id, transfer.target_block_ids, data
+            transfer.transfer_id,
+            transfer.request_id,
+            self._instance_id,
+            self._incarnation,
+            transfer.target_block_ids,
+            data,
         )
         self._send(target_id, message)
         return None
@@ -87,7 +94,8 @@ class KVTransfers:
         for transfer_id, outgoing in self._outgoing.items():
             if outgoing.ask_ns is not None and outgoing.ask_ns <= now_ns:
                 outgoing.ask_ns = now_ns + ASK_AGAIN_NS
-                self._send(outgoing.target_id, TransferCancelled(transfer_id, self._instance_id))
+                question = TransferCancelled(transfer_id, self._instance_id, self._incarnation)
+                self._send(outgoing.target_id, question)
 
     @property
     def ask_ns(self) -> int | None:
@@ -100,20 +108,30 @@ class KVTransfers:
         """A peer's message; the end of one of our own transfers, if it is that."""
         match message:
             case TransferData():
-                if message.source_instance_id not in self._lost:
+                if self._is_there(message):
                     self._answer(message.source_instance_id, self._write(message))
                 return None
-            case TransferCancelled(transfer_id=transfer_id, source_instance_id=source_id):
-                if source_id not in self._lost:
-                    answer = self._answers.get(transfer_id) or TransferAnswer(transfer_id, "cancelled")
-                    self._answer(source_id, answer)
+            case TransferCancelled(transfer_id=transfer_id, source_incarnation=incarnation):
+                if self._is_there(message):
+                    answer = TransferAnswer(transfer_id, incarnation, "cancelled")
+                    self._answer(message.source_instance_id, self._answers.get((incarnation, transfer_id), answer))
                 return None
             case TransferAnswer(transfer_id=transfer_id, failure=failure):
-                if self._outgoing.pop(transfer_id, None) is None:
+                if message.source_incarnation != self._incarnation or self._outgoing.pop(transfer_id, None) is None:
                     return None
                 return KVTransferred(transfer_id) if failure is None else KVTransferFailed(transfer_id, failure)
             case _:
                 assert_never(message)
+
+    def _is_there(self, message: TransferData | TransferCancelled) -> bool:
+        """Whether it was said by an instance that lives, and not by one that was lost under this name."""
+        source_id = message.source_instance_id
+        return source_id not in self._lost and message.source_incarnation == self._incarnations.get(source_id, 0)
+
+    def welcome_peer(self, peer_id: InstanceId, incarnation: int) -> None:
+        """A lost instance runs again."""
+        self._lost.pop(peer_id, None)
+        self._incarnations[peer_id] = incarnation
 
     def lose_peer(self, peer_id: InstanceId) -> list[KVTransferFailed]:
         """That instance is gone; the ends of what was on its way there."""
@@ -126,8 +144,8 @@ class KVTransfers:
         return [KVTransferFailed(transfer_id, f"{peer_id} is lost") for transfer_id in late]
 
     def _write(self, message: TransferData) -> TransferAnswer:
-        transfer_id = message.transfer_id
-        earlier = self._answers.get(transfer_id)
+        transfer_id, incarnation = message.transfer_id, message.source_incarnation
+        earlier = self._answers.get((incarnation, transfer_id))
         if earlier is not None:
             return earlier
         reserved = self._reserved.get(message.request_id)
@@ -137,15 +155,15 @@ class KVTransfers:
             and set(message.target_block_ids).issubset(reserved.block_ids)
         )
         if not is_open:
-            return TransferAnswer(transfer_id, "the blocks are not reserved for it any more")
+            return TransferAnswer(transfer_id, incarnation, "the blocks are not reserved for it any more")
         try:
             self._executor.write_blocks(message.target_block_ids, message.data)
         except ValueError as error:
-            return TransferAnswer(transfer_id, f"{self._instance_id} cannot take the KV: {error}")
-        return TransferAnswer(transfer_id)
+            return TransferAnswer(transfer_id, incarnation, f"{self._instance_id} cannot take the KV: {error}")
+        return TransferAnswer(transfer_id, incarnation)
 
     def _answer(self, source_id: InstanceId, answer: TransferAnswer) -> None:
-        self._answers[answer.transfer_id] = answer
+        self._answers[answer.source_incarnation, answer.transfer_id] = answer
         if len(self._answers) > _ANSWERS_KEPT:
             self._answers.popitem(last=False)
         self._send(source_id, answer)

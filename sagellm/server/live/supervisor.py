@@ -1,16 +1,19 @@
-"""Instances as processes: started, heard, watched, and ended with the front.
+"""Instances as processes: started, heard, watched, started again when they are lost, and ended with the front.
 
 A process that ends, and one that says nothing for too long, is lost. What it had said by then is taken
-first; what was still on its way is dropped, for nobody has acted on it.
+first; what was still on its way is dropped, for nobody has acted on it. After a pause another one takes its
+place: a short one at first, longer each time that it does not last.
 """
 
 import asyncio
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never
@@ -25,9 +28,16 @@ from sagellm.server.live.instance_host import HostListener, StartError
 from sagellm.server.live.instance_process import ProcessSettings, write_settings
 from sagellm.server.live.wire import FromInstance, InstanceDied, Started, StartFailed, Stop, ToInstance, Turn
 
+_LOG = logging.getLogger(__name__)
+
 SILENCE_S_MAX = 30.0
 """An instance speaks twice a second; one that has been silent for so long is hung."""
 STOP_S = 10.0
+RESTART_AFTER_S = 2.0
+"""The first pause before an instance that was lost is started again. It doubles with each loss in a row."""
+RESTART_AFTER_S_MAX = 60.0
+LASTING_S = 300.0
+"""One that ran for so long was not lost in a row with the one before it."""
 _LAST_WORDS_S = 0.02
 _MESSAGES_AT_ONCE = 4
 _WATCH_EVERY_S = 1.0
@@ -46,6 +56,7 @@ class _InstanceProcess:
         self.is_due = False  # what it said will be looked at soon
         self.last_words = ""
         self.heard_s = 0.0
+        self.listens_s = 0.0  # since when it runs
         self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self.socket.set_hwm(0)
         self.socket.linger = 0
@@ -60,16 +71,28 @@ class _InstanceProcess:
         write_settings(self.process.stdin, self.settings)  # type: ignore[arg-type]
         return self.process
 
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+
 
 class InstanceProcesses:
     """An `InstanceHost`."""
 
     def __init__(
-        self, settings: Sequence[ExecutorSettings], options: DriverOptions, *, silence_s_max: float = SILENCE_S_MAX
+        self,
+        settings: Sequence[ExecutorSettings],
+        options: DriverOptions,
+        *,
+        silence_s_max: float = SILENCE_S_MAX,
+        restart_after_s: float = RESTART_AFTER_S,
     ) -> None:
         self._settings = settings
         self._options = options
         self._silence_s_max = silence_s_max
+        self._restart_after_s = restart_after_s
+        self._losses_in_a_row: Counter[InstanceId] = Counter()
+        self._ended: dict[InstanceId, None] = {}  # for good
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromInstance)
         self._processes: dict[InstanceId, _InstanceProcess] = {}
@@ -89,8 +112,8 @@ class InstanceProcesses:
         self._context = zmq.Context()
         self._folder = Path(tempfile.mkdtemp(prefix="sagellm-"))
         try:
-            for index, settings in enumerate(self._process_settings()):
-                self._spawn(_InstanceProcess(settings, self._context), index)
+            for settings in self._process_settings():
+                self._spawn(_InstanceProcess(settings, self._context))
             await asyncio.gather(*(each.started for each in self._processes.values()))
         except BaseException:
             await self.stop()
@@ -102,19 +125,24 @@ class InstanceProcesses:
             each.instance.instance_id: f"ipc://{self._folder}/peer-{index}" for index, each in enumerate(self._settings)
         }
         return [
-            ProcessSettings(each, self._options, os.getpid(), f"ipc://{self._folder}/front-{index}", endpoints)
+            ProcessSettings(each, self._options, os.getpid(), f"ipc://{self._folder}/front-{index}-0", endpoints)
             for index, each in enumerate(self._settings)
         ]
 
-    def _spawn(self, process: _InstanceProcess, index: int) -> None:
+    def _spawn(self, process: _InstanceProcess) -> None:
         self._processes[process.instance_id] = process
-        popen = process.spawn()
+        try:
+            popen = process.spawn()
+        except OSError:
+            process.kill()
+            process.exited.set_result(-1)
+            raise
 
         def wait() -> None:
             code = popen.wait()
             self._loop.call_soon_threadsafe(self._on_exit, process, code)
 
-        threading.Thread(target=wait, name=f"waits for instance {index}", daemon=True).start()
+        threading.Thread(target=wait, name=f"waits for {process.instance_id}", daemon=True).start()
         self._loop.add_reader(process.socket.fileno(), self._hear, process)
 
     async def stop(self) -> None:
@@ -185,9 +213,10 @@ class InstanceProcesses:
         match message:
             case Started():
                 process.listens = True
+                process.listens_s = self._loop.time()
                 if not process.started.done():
                     process.started.set_result(None)
-                    self._listener.on_started(process.instance_id)
+                    self._say_started(process)
             case StartFailed(reason=reason):
                 if not process.started.done():
                     process.started.set_exception(StartError(f"{process.instance_id}: {reason}"))
@@ -196,17 +225,23 @@ class InstanceProcesses:
             case InstanceDied(reason=reason):
                 # A process whose device is broken may hang when it tries to leave.
                 process.last_words = reason
-                self.kill(process.instance_id)
+                process.kill()
             case _:
                 assert_never(message)
+
+    def _say_started(self, process: _InstanceProcess) -> None:
+        incarnation = process.settings.incarnation
+        if incarnation:
+            self._listener.on_back(process.instance_id, incarnation)
+        else:
+            self._listener.on_started(process.instance_id)
 
     # --- losses ----------------------------------------------------------------------------------------
 
     def kill(self, instance_id: InstanceId) -> None:
         """See `InstanceHost`."""
-        popen = self._processes[instance_id].process
-        if popen is not None:
-            popen.kill()
+        self._ended[instance_id] = None
+        self._processes[instance_id].kill()
 
     def _on_exit(self, process: _InstanceProcess, code: int) -> None:
         self._hear_all(process)
@@ -224,8 +259,39 @@ class InstanceProcesses:
         how = process.last_words or (f"it was ended by signal {-code}" if code < 0 else f"it ended with code {code}")
         if not process.started.done():
             process.started.set_exception(StartError(f"{process.instance_id}: {how} while it started"))
-        elif not self._is_stopping:
+        if self._is_stopping:
+            return
+        if process.listens:
             self._listener.on_lost(process.instance_id, how)
+        elif process.settings.incarnation:
+            _LOG.error("%s", process.started.exception())
+        else:
+            return  # nobody was served by it yet: the server does not start
+        if process.instance_id not in self._ended:
+            self._loop.call_later(self._pause_s(process), self._start_again, process.settings)
+
+    def _pause_s(self, lost: _InstanceProcess) -> float:
+        """How long to wait before another one takes its place."""
+        instance_id = lost.instance_id
+        if lost.listens and self._loop.time() - lost.listens_s > LASTING_S:
+            del self._losses_in_a_row[instance_id]
+        doublings = min(self._losses_in_a_row[instance_id], 16)  # far above the longest pause
+        self._losses_in_a_row[instance_id] += 1
+        return min(self._restart_after_s * 2.0**doublings, max(self._restart_after_s, RESTART_AFTER_S_MAX))
+
+    def _start_again(self, settings: ProcessSettings) -> None:
+        if self._is_stopping or settings.executor.instance.instance_id in self._ended:
+            return
+        incarnation = settings.incarnation + 1
+        # What is bound to the old name may be taken away at any moment from now on.
+        endpoint = f"{settings.front_endpoint.rpartition('-')[0]}-{incarnation}"
+        again = msgspec.structs.replace(settings, incarnation=incarnation, front_endpoint=endpoint)
+        process = _InstanceProcess(again, self._context)
+        try:
+            self._spawn(process)
+        except OSError as error:
+            _LOG.error("%s could not be started again: %s", process.instance_id, error)
+            self._loop.call_later(self._pause_s(process), self._start_again, again)
 
     def _hang_up(self, process: _InstanceProcess) -> None:
         if not process.is_gone:
@@ -239,6 +305,10 @@ class InstanceProcesses:
             await asyncio.sleep(_WATCH_EVERY_S)
             for process in self._processes.values():
                 self._hear_all(process)
-                if not process.is_gone and self._loop.time() > process.heard_s + self._silence_s_max:
+                if (
+                    process.listens
+                    and not process.is_gone
+                    and self._loop.time() > process.heard_s + self._silence_s_max
+                ):
                     process.last_words = f"it has been silent for {self._silence_s_max:g} s"
-                    self.kill(process.instance_id)
+                    process.kill()

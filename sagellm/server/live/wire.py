@@ -33,11 +33,18 @@ class PeerLost(msgspec.Struct, frozen=True, tag=True):
     instance_id: InstanceId
 
 
+class PeerBack(msgspec.Struct, frozen=True, tag=True):
+    """That instance was lost and runs again, knowing nothing of what was: its ``incarnation`` is that number."""
+
+    instance_id: InstanceId
+    incarnation: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Leave."""
 
 
-ToInstance = Deliver | PeerLost | Stop
+ToInstance = Deliver | PeerLost | PeerBack | Stop
 
 # --- instance to front -----------------------------------------------------------------------------
 
@@ -82,11 +89,15 @@ FromInstance = Started | StartFailed | Turn | InstanceDied
 
 
 class TransferData(msgspec.Struct, frozen=True, tag=True):
-    """The KV of these blocks of the receiver."""
+    """The KV of these blocks of the receiver.
+
+    Transfer ids begin anew with each incarnation of their source, so none of these messages goes without it.
+    """
 
     transfer_id: TransferId
     request_id: RequestId
     source_instance_id: InstanceId
+    source_incarnation: int
     target_block_ids: tuple[BlockId, ...]
     data: bytes
 
@@ -96,12 +107,14 @@ class TransferCancelled(msgspec.Struct, frozen=True, tag=True):
 
     transfer_id: TransferId
     source_instance_id: InstanceId
+    source_incarnation: int
 
 
 class TransferAnswer(msgspec.Struct, frozen=True, tag=True):
     """How a transfer ended on the receiver's side, where nothing is written for it any more."""
 
     transfer_id: TransferId
+    source_incarnation: int
     failure: str | None = None
 
 

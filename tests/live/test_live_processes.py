@@ -21,6 +21,7 @@ from sagellm.core.request import FinishReason, RequestSpec
 from sagellm.core.sampling import SamplingParameters
 from sagellm.log_replay import replay_log
 from sagellm.server.engine import OutputDelta, Refusal, RequestOutcome
+from sagellm.server.live import supervisor
 from sagellm.server.live.front_driver import LiveEngine
 from sagellm.server.live.instance_driver import DriverOptions
 from sagellm.server.live.instance_host import StartError
@@ -187,6 +188,25 @@ def test_one_instance_that_cannot_start_stops_the_others(tmp_path: Path) -> None
     cluster = Cluster((big("a"), big("b")))
     with pytest.raises(StartError, match=r"^b: .*config\.json"):
         asyncio.run(LiveEngine(cluster.deployment(), host).start())
+    for process_id in process_ids(host).values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(process_id, 0)
+
+
+def test_a_start_that_is_called_off_does_not_wait_for_those_who_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody there reads what it is told, so asking it to leave would be waiting for nothing."""
+    monkeypatch.setattr(supervisor, "STOP_S", 3600.0)
+    host = InstanceProcesses([ExecutorSettings(big("a"), "made-up", "none")], DriverOptions())
+
+    async def run() -> None:
+        starting = asyncio.ensure_future(LiveEngine(Cluster((big("a"),)).deployment(), host).start())
+        while not host._processes:
+            await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(starting, 60)
+
+    asyncio.run(run())
     for process_id in process_ids(host).values():
         with pytest.raises(ProcessLookupError):
             os.kill(process_id, 0)

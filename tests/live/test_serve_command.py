@@ -171,6 +171,22 @@ def test_sigterm_lets_streams_end_and_leaves_nobody(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children are looked up in /proc")
+def test_sigterm_while_it_starts_leaves_nobody() -> None:
+    command = [sys.executable, "-m", "sagellm", "serve", "--backend", "none", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            assert server.stderr.readline().startswith("Starting 1 x")
+            instances = children_of(server.pid)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
+            assert "Traceback" not in server.stderr.read()
+        finally:
+            server.kill()
+    wait_until_gone(instances)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are looked up in /proc")
 def test_instances_end_with_a_front_that_is_killed() -> None:
     with serving() as (server, _):
         instances = children_of(server.pid)

@@ -51,6 +51,7 @@ class DecodeGraphs:
         self._device_index = device_index
         self._steps: dict[int, CapturedStep] = {}
         self._sizes: tuple[int, ...] = ()
+        self._inputs: CapturedInputs | None = None  # graphs know where it is, and do not keep it there
         self.capture_s = 0.0
         self.memory_bytes = 0
 
@@ -67,7 +68,7 @@ class DecodeGraphs:
         sizes = captured_sizes(num_seqs_max)
         progress = CountProgress(terminal, f"{self._device_name()} decode graphs", len(sizes))
         try:
-            inputs = CapturedInputs(
+            inputs = self._inputs = CapturedInputs(
                 sizes[-1],
                 self._num_positions,
                 self._kv.tensors.block_size,

@@ -27,6 +27,7 @@ PARTS = (
     ("streams", ""),
     ("launch", ""),
     ("graphs", ""),
+    ("drawing", ""),
     *((area, f"^{dtype} ") for area in ("operators", "attention") for dtype in ("bfloat16", "float16", "float32")),
 )
 PROCESSES = 6

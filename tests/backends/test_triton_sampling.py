@@ -11,11 +11,16 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"
 
+from backends.base import DrawTokens
+from backends.conformance.check import Check, ConformanceError, Subject
+from backends.conformance.drawing_checks import drawing_checks
+from backends.cpu.backend import CpuBackend
 from backends.cuda.kernels.cutoff_floors import cutoff_floors
 from backends.cuda.kernels.sampling import draw_tokens
 from backends.model_runner.sampler.cutoff import min_p_floor, top_floor
 from backends.model_runner.sampler.gumbel_noise import exponential_noise, token_hashes
 from backends.model_runner.sampler.noise_keys import noise_keys
+from backends.operators.registry import KernelRegistry
 
 # Interpreted, a division of zero or an overflow is numpy's to warn of.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -107,3 +112,35 @@ def test_what_is_not_finite_is_told_and_draws_a_token_of_the_vocabulary() -> Non
             token_ids, is_invalid = draw_tokens(logits, *places, *cut)
             assert is_invalid.tolist() == [True, True, True, True, False]
             assert ((token_ids >= 0) & (token_ids < 5000)).all()
+
+
+class DrawsByKernel(CpuBackend):
+    def token_drawing(self) -> DrawTokens:
+        return draw_tokens
+
+
+class ForgetsPositions(CpuBackend):
+    def token_drawing(self) -> DrawTokens:
+        def draw(logits, temperature, seeds, positions, *cuts):  # type: ignore[no-untyped-def]
+            return draw_tokens(logits, temperature, seeds, torch.zeros_like(positions), *cuts)
+
+        return draw
+
+
+class ForgetsCuts(CpuBackend):
+    def token_drawing(self) -> DrawTokens:
+        return lambda logits, temperature, seeds, positions, *_: draw_tokens(logits, temperature, seeds, positions)
+
+
+SMALL = [check for check in drawing_checks() if "5 tokens" in check.name or "a few likely" in check.name]
+
+
+@pytest.mark.parametrize("check", SMALL, ids=lambda check: check.name)
+def test_the_kernel_passes_conformance(check: Check) -> None:
+    check.run(Subject(DrawsByKernel(), KernelRegistry()))
+
+
+@pytest.mark.parametrize("faulty", [ForgetsPositions, ForgetsCuts])
+def test_conformance_finds_faults_of_drawing(faulty: type[CpuBackend]) -> None:
+    with pytest.raises(ConformanceError, match=r"which is .* behind token"):
+        SMALL[-1].run(Subject(faulty(), KernelRegistry()))

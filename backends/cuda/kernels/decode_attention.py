@@ -124,8 +124,8 @@ def decode_attention(
 ) -> None:
     """Attention of the first rows of ``query``, one for each of ``context_lens``, into those of ``out``.
 
-    Each sequence's own keys are cut into ``num_parts`` parts, at most PARTS_MAX, on the device: a captured launch stays right for
-    any context.
+    Each sequence's own keys are cut into ``num_parts`` parts, at most PARTS_MAX, on the device: a captured launch
+    stays right for any context.
     """
     num_seqs = context_lens.shape[0]
     if num_seqs == 0:

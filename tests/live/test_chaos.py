@@ -224,6 +224,7 @@ def _is_quiet(driver: InstanceDriver) -> bool:
         driver._lookups._yet_to_plan,
         transfers._outgoing,
         transfers._reserved,
+        transfers._incoming,
         driver._machine._requests,
         driver._machine._sender._by_transfer,
         driver._machine._sender._handovers,
@@ -307,5 +308,6 @@ def _check_outcome(chaos: Chaos, client: Client, token_ids: list[int], outcome: 
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + NUM_SEEDS))
 def test_whatever_fails_costs_time_only(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_transfers, "ASK_AGAIN_NS", 10_000_000)
+    monkeypatch.setattr(kv_transfers, "PART_BYTES_MAX", 2 * 4)  # of `_instance`'s blocks two
     log = run_chaos(chaos_of(seed))
     assert replay_log(iter(log.splitlines(keepends=True)), "log").difference is None

@@ -3,8 +3,10 @@
 from collections import deque
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
+import sagellm.server.live.kv_transfers as kv_transfers
 from backends.executor_settings import ExecutorSettings
 from backends.null.executor import NullExecutor
 from sagellm.core.config import InstanceConfig
@@ -85,6 +87,35 @@ def test_nothing_is_written_that_is_not_reserved(
     may_write = sent_blocks <= open_blocks and not other_source and not is_shut
     assert isinstance(end, KVTransferred) == may_write
     assert bool(pair.executor.written) == may_write
+
+
+@given(order=st.lists(st.integers(0, 3), max_size=10))
+def test_a_transfer_in_parts_has_succeeded_when_all_are_written_in_order(order: list[int]) -> None:
+    """Whatever is lost, comes twice or too late: an answer that all is well means that all is written."""
+    pair = Pair()
+    pair.target.open(reserved(1, 2, 3, 4))
+    parts = [
+        TransferData(TransferId("t1"), REQUEST, SOURCE, 0, (BlockId(part + 1),), b"x", part, 4) for part in range(4)
+    ]
+    for part in order:
+        pair.target.receive(parts[part])
+    answers = [message for _, message in pair.on_the_way if isinstance(message, TransferAnswer)]
+    is_whole = pair.executor.written == [(1,), (2,), (3,), (4,)]
+    assert [answer.failure for answer in answers[:1]] == ([None] if is_whole else ["a part of it is missing"])[
+        : len(answers)
+    ]
+    assert len({answer.failure for answer in answers}) <= 1
+    assert bool(pair.target._incoming) == (bool(order) and not answers)
+
+
+def test_much_kv_goes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No message holds more than one may be long."""
+    monkeypatch.setattr(kv_transfers, "PART_BYTES_MAX", 2)
+    pair = Pair()
+    pair.target.open(reserved(1, 2, 3, 4, 5))
+    assert pair.source.start(transfer(1, 1, 2, 3, 4, 5)) is None
+    assert pair.deliver() == [KVTransferred(TransferId("t1"))]
+    assert pair.executor.written == [(1, 2), (3, 4), (5,)]
 
 
 def test_data_that_comes_twice_is_written_once_and_answered_alike() -> None:

@@ -23,6 +23,8 @@ from sagellm.core.step_executor import StepExecutor
 from sagellm.server.live.wire import PeerMessage, TransferAnswer, TransferCancelled, TransferData
 
 ASK_AGAIN_NS = 1_000_000_000
+PART_BYTES_MAX = 256 << 20
+"""One message holds no more: the KV of a long prompt is more than a message can be long (4 GiB)."""
 _ANSWERS_KEPT = 4096
 
 TransferEnd = KVTransferred | KVTransferFailed
@@ -33,6 +35,14 @@ SendToPeer = Callable[[InstanceId, PeerMessage], None]
 class _Outgoing:
     target_id: InstanceId
     ask_ns: int | None = None  # when to ask next what became of it; None: it was not cancelled
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """A transfer of which some parts are written, and some are not."""
+
+    source_id: InstanceId
+    num_parts_written: int = 0
 
 
 class KVTransfers:
@@ -46,6 +56,7 @@ class KVTransfers:
         self._outgoing: dict[TransferId, _Outgoing] = {}
         self._reserved: dict[RequestId, KVReserved] = {}
         self._answers: OrderedDict[tuple[int, TransferId], TransferAnswer] = OrderedDict()
+        self._incoming: dict[tuple[int, TransferId], _Incoming] = {}
         self._lost: dict[InstanceId, None] = {}
         self._incarnations: dict[InstanceId, int] = {}  # of peers that run again
 
@@ -66,20 +77,29 @@ class KVTransfers:
         target_id = transfer.target_instance_id
         if target_id in self._lost:
             return KVTransferFailed(transfer.transfer_id, f"{target_id} is lost")
-        try:
-            data = self._executor.read_blocks(transfer.source_block_ids)
-        except (ValueError, RuntimeError) as error:
-            return KVTransferFailed(transfer.transfer_id, f"{self._instance_id} cannot read the KV: {error}")
+        block_bytes = max(1, transfer.num_bytes // len(transfer.source_block_ids))
+        num_blocks_max = max(1, PART_BYTES_MAX // block_bytes)
+        firsts = range(0, len(transfer.source_block_ids), num_blocks_max)
+        for part, first in enumerate(firsts):
+            blocks = slice(first, first + num_blocks_max)
+            try:
+                data = self._executor.read_blocks(transfer.source_block_ids[blocks])
+            except (ValueError, RuntimeError) as error:
+                # What was sent of it is to be forgotten there.
+                self._send(target_id, TransferCancelled(transfer.transfer_id, self._instance_id, self._incarnation))
+                return KVTransferFailed(transfer.transfer_id, f"{self._instance_id} cannot read the KV: {error}")
+            message = TransferData(
+                transfer.transfer_id,
+                transfer.request_id,
+                self._instance_id,
+                self._incarnation,
+                transfer.target_block_ids[blocks],
+                data,
+                part,
+                len(firsts),
+            )
+            self._send(target_id, message)
         self._outgoing[transfer.transfer_id] = _Outgoing(target_id)
-        message = TransferData(
-            transfer.transfer_id,
-            transfer.request_id,
-            self._instance_id,
-            self._incarnation,
-            transfer.target_block_ids,
-            data,
-        )
-        self._send(target_id, message)
         return None
 
     def cancel(self, transfer_id: TransferId, now_ns: int) -> None:
@@ -109,7 +129,7 @@ class KVTransfers:
         match message:
             case TransferData():
                 if self._is_there(message):
-                    self._answer(message.source_instance_id, self._write(message))
+                    self._take(message)
                 return None
             case TransferCancelled(transfer_id=transfer_id, source_incarnation=incarnation):
                 if self._is_there(message):
@@ -141,13 +161,31 @@ class KVTransfers:
             del self._outgoing[transfer_id]
         for request_id in [each.request_id for each in self._reserved.values() if each.instance_id == peer_id]:
             del self._reserved[request_id]
+        for key in [key for key, each in self._incoming.items() if each.source_id == peer_id]:
+            del self._incoming[key]
         return [KVTransferFailed(transfer_id, f"{peer_id} is lost") for transfer_id in late]
+
+    def _take(self, message: TransferData) -> None:
+        """Write a part; answer where it was the last, where it cannot be written, and where one is missing."""
+        key = (message.source_incarnation, message.transfer_id)
+        source_id = message.source_instance_id
+        earlier = self._answers.get(key)
+        if earlier is not None:
+            self._answer(source_id, earlier)
+            return
+        incoming = self._incoming.setdefault(key, _Incoming(source_id))
+        if message.part < incoming.num_parts_written:
+            return  # it came twice
+        if message.part > incoming.num_parts_written:
+            answer = TransferAnswer(message.transfer_id, message.source_incarnation, "a part of it is missing")
+        else:
+            answer = self._write(message)
+            incoming.num_parts_written += 1
+        if answer.failure is not None or incoming.num_parts_written == message.num_parts:
+            self._answer(source_id, answer)
 
     def _write(self, message: TransferData) -> TransferAnswer:
         transfer_id, incarnation = message.transfer_id, message.source_incarnation
-        earlier = self._answers.get((incarnation, transfer_id))
-        if earlier is not None:
-            return earlier
         reserved = self._reserved.get(message.request_id)
         is_open = (
             reserved is not None
@@ -163,7 +201,9 @@ class KVTransfers:
         return TransferAnswer(transfer_id, incarnation)
 
     def _answer(self, source_id: InstanceId, answer: TransferAnswer) -> None:
-        self._answers[answer.source_incarnation, answer.transfer_id] = answer
+        key = (answer.source_incarnation, answer.transfer_id)
+        self._incoming.pop(key, None)
+        self._answers[key] = answer
         if len(self._answers) > _ANSWERS_KEPT:
             self._answers.popitem(last=False)
         self._send(source_id, answer)

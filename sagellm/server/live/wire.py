@@ -89,7 +89,7 @@ FromInstance = Started | StartFailed | Turn | InstanceDied
 
 
 class TransferData(msgspec.Struct, frozen=True, tag=True):
-    """The KV of these blocks of the receiver.
+    """The KV of some blocks of the receiver: one of the parts of a transfer, which are sent in order.
 
     Transfer ids begin anew with each incarnation of their source, so none of these messages goes without it.
     """
@@ -100,6 +100,8 @@ class TransferData(msgspec.Struct, frozen=True, tag=True):
     source_incarnation: int
     target_block_ids: tuple[BlockId, ...]
     data: bytes
+    part: int = 0
+    num_parts: int = 1
 
 
 class TransferCancelled(msgspec.Struct, frozen=True, tag=True):

@@ -60,6 +60,11 @@ class KVCache:
         self._matched_keys: BlockKeys = ()
 
     @property
+    def num_free(self) -> int:
+        """Blocks that can be had now without evicting any."""
+        return self._pool.num_free
+
+    @property
     def num_available(self) -> int:
         """Blocks that can be had now: free ones, and cached ones that nobody uses."""
         return self._pool.num_free + self._index.num_evictable

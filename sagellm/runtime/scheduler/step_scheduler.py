@@ -237,7 +237,9 @@ class StepScheduler:
         repeats = min(next_finish_clock - self.planned_clock + 1, self.config.repeat_max)
         if repeats <= 1:
             return 1
-        return self.decodes.repeat_max(self.planned_clock, self.kv.num_available, repeats)
+        # Blocks on their way back come free between repetitions: growing must not evict what they would save.
+        num_blocks = self.kv.num_free if self._deferred else self.kv.num_available
+        return self.decodes.repeat_max(self.planned_clock, num_blocks, repeats)
 
     def _drain_fully_planned(self) -> None:
         finish_clock = self.decodes.next_finish_clock()

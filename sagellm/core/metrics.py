@@ -187,7 +187,9 @@ class MetricsFold:
             depths.append(len(self._queued))
 
     def _rejected(self, now_ns: int, effect: RejectRequest) -> None:
-        self.metrics.requests[effect.request_id].reject_reason = effect.reason
+        record = self.metrics.requests[effect.request_id]
+        record.num_output_tokens = self.num_emitted(effect.request_id)
+        record.reject_reason = effect.reason
         if self._queued.pop(effect.request_id, 0) is None:
             self._note_queue_depth(now_ns)
 
@@ -291,7 +293,7 @@ class MetricsFold:
         if record.decode_instance == instance_id:
             record.last_token_ns = instance.last_ns
         num_emitted = instance.num_tokens - instance.joined_at.pop(request_id)
-        if record.finish_reason is None:
+        if record.finish_reason is None and record.reject_reason is None:
             record.num_output_tokens += num_emitted
 
     def num_emitted(self, request_id: RequestId) -> int:

@@ -21,7 +21,7 @@ class KVReceiver:
     def admit(self) -> list[tuple[LocalRequest, KVReserved]]:
         """Reserve blocks for those in line, as far as there is room; the answers to their senders."""
         admitted: list[tuple[LocalRequest, KVReserved]] = []
-        while (reserved := self._scheduler.admit_reservation()) is not None:
+        while not self._first_in_line_is_here() and (reserved := self._scheduler.admit_reservation()) is not None:
             reservation, request, first_block_index = reserved
             assert request.blocks is not None
             answer = KVReserved(
@@ -35,6 +35,11 @@ class KVReceiver:
             self._answers[request.request_id] = answer
             admitted.append((request, answer))
         return admitted
+
+    def _first_in_line_is_here(self) -> bool:
+        """True where an earlier attempt still has its blocks: the word that it is off is on its way from the source."""
+        line = self._scheduler.reservations
+        return bool(line) and line[0].request.request_id in self._answers
 
     def called_off(self, event: ReleaseKV) -> RequestId | None:
         """The request whose blocks are to be given back; None where it had none, or for another attempt."""

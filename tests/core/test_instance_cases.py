@@ -241,6 +241,15 @@ def test_room_of_a_lost_source_is_given_back() -> None:
     assert not of(RunStep, bench.effects), "a hand-over that is off changes nothing"
 
 
+def test_the_next_attempt_waits_until_the_former_one_has_given_its_room_back() -> None:
+    """The control plane's word of the next may overtake the source's word that the former is off."""
+    bench, request = Bench(), spec("a", 8, 2)
+    bench.give(ReserveKV(ME, request, PEER, 1))
+    assert not of(KVReserved, bench.give(ReserveKV(ME, request, InstanceId("other"), 2)))
+    [answer] = of(KVReserved, bench.give(ReleaseKV(ME, request.request_id, 1)))
+    assert (answer.instance_id, answer.attempt) == ("other", 2)
+
+
 def test_room_for_output_that_a_lost_instance_had_sent() -> None:
     """F5: prompt and output so far are prefilled again, and move together."""
     bench = Bench()

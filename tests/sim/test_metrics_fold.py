@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from random_runs import Recording, random_cluster, random_faults, random_trace, record
 
-from sagellm.core.identity import InstanceId, RequestId
+from sagellm.core.identity import InstanceId, RequestId, StepId
 from sagellm.core.messages import (
     EmitTokens,
     RejectRequest,
@@ -19,7 +19,8 @@ from sagellm.core.messages import (
     StepProgressed,
     TransferKV,
 )
-from sagellm.core.request import FinishReason, LatencySLO
+from sagellm.core.metrics import MetricsFold
+from sagellm.core.request import FinishReason, LatencySLO, RequestSpec
 
 SLO = LatencySLO(ttft_ns=60_000_000, tpot_ns=14_000_000)
 
@@ -135,3 +136,15 @@ def test_counts_and_timelines(seed: int) -> None:
         assert found == expected
     assert len(metrics.transfers) == sum(isinstance(e, TransferKV) for _, _, e in run.effects)
     assert all(transfer.end_ns is not None for transfer in metrics.transfers if not dead_ns)
+
+
+def test_a_request_rejected_in_the_middle_of_its_answer_keeps_its_tokens() -> None:
+    """Its instance was lost, once too often; the others of the batch go on."""
+    fold = MetricsFold()
+    instance_id, lost, other = InstanceId("i"), RequestId("lost"), RequestId("other")
+    for request_id in (lost, other):
+        fold.observe(0, RequestArrived(RequestSpec(request_id, 0, 10, 9)))
+    fold.observe(3, EmitTokens(instance_id, StepId(0), (lost, other), (1, 2, 3)))
+    fold.observe(4, RejectRequest(lost, "its instance was lost, once too often", retryable=True))
+    fold.observe(5, EmitTokens(instance_id, StepId(1), (other,), (5,)))
+    assert fold.result().requests[lost].num_output_tokens == 3

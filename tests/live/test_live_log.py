@@ -1,9 +1,12 @@
 """A live log is whole lines at any moment, in the simulator's format."""
 
+import errno
 import io
 from pathlib import Path
 
+import pytest
 from both_drivers import Cluster, instance, request
+from typing_extensions import Buffer
 
 from sagellm.core.identity import CONTROL_PLANE
 from sagellm.core.log import LogWriter, read_log
@@ -50,6 +53,25 @@ def test_what_a_crash_leaves_can_be_read(tmp_path: Path) -> None:
     assert header == CLUSTER.header()
     # A megabyte at most is held back.
     assert len(list(records)) > 3000
+
+
+def test_a_full_disk_ends_the_log_and_not_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    class FullDisk(io.BytesIO):
+        num_bytes_left = 5_000
+
+        def write(self, data: Buffer) -> int:
+            self.num_bytes_left -= len(memoryview(data))
+            if self.num_bytes_left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    lines = LogLines(CONTROL_PLANE)
+    log = LiveLog(FullDisk(), CLUSTER.header())
+    for number in range(2000):
+        lines.event(number, RequestArrived(request(number, 1000)))
+        log.write(lines.take())
+    log.close()
+    assert caplog.text.count("No space left on device") == 1
 
 
 def test_a_tampered_log_does_not_replay() -> None:

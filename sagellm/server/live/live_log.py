@@ -4,6 +4,8 @@ Every machine's records are in the order in which they happened. Records of diff
 the order in which the front heard of them, which keeps causes before their effects.
 """
 
+import logging
+from contextlib import suppress
 from time import monotonic
 from typing import IO
 
@@ -15,6 +17,7 @@ from sagellm.core.messages import Effect, Event
 
 _FLUSH_EVERY_S = 0.2
 _FLUSH_BYTES = 1 << 20
+_LOG = logging.getLogger(__name__)
 
 
 class LogLines:
@@ -43,16 +46,22 @@ class LogLines:
 
 
 class LiveLog:
-    """Writes whole lines, a few times a second: what a crash loses is the last of them."""
+    """Writes whole lines, a few times a second: what a crash loses is the last of them.
+
+    A log that cannot be written is given up, so that serving goes on.
+    """
 
     def __init__(self, file: IO[bytes], header: LogHeader) -> None:
         self._file = file
         self._waiting = bytearray(msgspec.json.encode(header) + b"\n")
         self._flushed_s = 0.0
+        self._is_given_up = False
         self._flush()
 
     def write(self, lines: bytes) -> None:
         """Add whole lines."""
+        if self._is_given_up:
+            return
         self._waiting += lines
         if len(self._waiting) > _FLUSH_BYTES or monotonic() - self._flushed_s > _FLUSH_EVERY_S:
             self._flush()
@@ -62,8 +71,14 @@ class LiveLog:
         self._flush()
 
     def _flush(self) -> None:
-        if self._waiting:
-            self._file.write(self._waiting)
-            self._file.flush()
+        if self._waiting and not self._is_given_up:
+            try:
+                self._file.write(self._waiting)
+                self._file.flush()
+            except OSError as error:
+                self._is_given_up = True
+                with suppress(OSError):
+                    self._file.close()  # what it holds back it cannot write either
+                _LOG.error("the log ends here, for it cannot be written: %s", error.strerror or error)
             self._waiting.clear()
         self._flushed_s = monotonic()

@@ -115,6 +115,9 @@ class InstanceProcesses:
             for settings in self._process_settings():
                 self._spawn(_InstanceProcess(settings, self._context))
             await asyncio.gather(*(each.started for each in self._processes.values()))
+        except zmq.ZMQError as error:
+            await self.stop()
+            raise StartError(f"no socket can be made in {self._folder}: {error}; a shorter TMPDIR may help") from error
         except BaseException:
             await self.stop()
             raise

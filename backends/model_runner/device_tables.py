@@ -12,10 +12,14 @@ import torch
 from backends.model_runner.captured_inputs import NUM_PLACES, table_width
 from backends.model_runner.decode_graphs import CapturedStep
 from backends.model_runner.packed_arrays import Array, ArrayPacker, ArraysOnDevice, PackedArray
-from backends.model_runner.request_table import BlockWrite, RequestTable, TokenWrite
+from backends.model_runner.request_table import BlockWrite, RequestTable, SequenceRows, TokenWrite
 from backends.model_runner.sampler.draw_plan import KernelRows
-from backends.model_runner.step_arrays import StepArrays
+from backends.model_runner.step_arrays import StepArrays, slots
 from backends.step_inputs import StepInputs
+
+PackedWrites = tuple[PackedArray, PackedArray]  # cells and their values
+_NUM_CELLS = 3  # of input tokens, rows of the table, cells of drawn tokens
+_INT64 = np.dtype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +27,21 @@ class PackedStep:
     """A step's arrays, in line for the device, and what the tables lack."""
 
     arrays: StepArrays
-    places: tuple[PackedArray, ...]  # those of `StepInputs`, or the two of a captured step
+    places: tuple[PackedArray, ...]
     sampled_cells: PackedArray
-    token_writes: tuple[PackedArray, PackedArray] | None
-    block_writes: tuple[PackedArray, PackedArray] | None
+    token_writes: PackedWrites | None
+    block_writes: PackedWrites | None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedDecodes:
+    """The same of a step that is replayed."""
+
+    room: PackedArray  # [_NUM_CELLS + NUM_PLACES, num_seqs of the captured step] int64
+    num_seqs: int
+    context_len_max: int
+    token_writes: PackedWrites | None
+    block_writes: PackedWrites | None
 
 
 class DeviceTables:
@@ -50,30 +65,36 @@ class DeviceTables:
             packer.add(arrays.table_rows),
             packer.add(arrays.sampled_rows),
         )
-        return self._packed(arrays, places, packer)
+        sampled_cells = packer.add(arrays.sampled_cells)
+        return PackedStep(arrays, places, sampled_cells, *self._pack_writes(packer))
 
     def pack_decodes(
-        self, arrays: StepArrays, captured: CapturedStep, drawing: KernelRows | None, packer: ArrayPacker
-    ) -> PackedStep:
+        self, sequences: SequenceRows, captured: CapturedStep, drawing: KernelRows | None, packer: ArrayPacker
+    ) -> PackedDecodes:
         """As `pack`, for a step that is replayed, and that draws where ``drawing`` says how."""
-        num_seqs = arrays.table_rows.size
-        cells = np.zeros((2, captured.num_seqs), np.int64)
-        cells[0, :num_seqs] = arrays.token_cells
-        cells[1, :num_seqs] = arrays.table_rows
-        places = np.zeros((NUM_PLACES, captured.num_seqs), np.int64)
-        places[0, :num_seqs] = arrays.positions
-        places[1, :num_seqs] = arrays.slot_mapping
-        places[1, num_seqs:] = captured.spare_slot
+        table, rows, positions = self._table, sequences.rows, sequences.ends - 1
+        num_seqs = rows.size
+        room, place = packer.room((_NUM_CELLS + NUM_PLACES, captured.num_seqs), _INT64)
+        room[:, num_seqs:] = 0
+        room[_NUM_CELLS + 1, num_seqs:] = captured.spare_slot
+        token_cells, table_rows, drawn_cells, token_positions, slot_mapping, *draws = room[:, :num_seqs]
+        np.multiply(rows, table.num_token_columns, out=token_cells)
+        token_cells += positions
+        table_rows[:] = rows
+        np.add(token_cells, 1, out=drawn_cells)
+        token_positions[:] = positions
+        slot_mapping[:] = slots(table, rows, positions)
         if drawing is not None:
-            places[2, :num_seqs] = drawing.seeds
-            places[3, :num_seqs] = drawing.positions
-            places[4].view(np.float64)[:num_seqs] = drawing.temperature
-        return self._packed(arrays, (packer.add(cells), packer.add(places)), packer)
+            seeds, output_positions, temperature_bits = draws
+            seeds[:] = drawing.seeds
+            output_positions[:] = drawing.positions
+            temperature_bits.view(np.float64)[:] = drawing.temperature
+        token_writes, block_writes = self._pack_writes(packer)
+        return PackedDecodes(place, num_seqs, sequences.context_len_max, token_writes, block_writes)
 
-    def _packed(self, arrays: StepArrays, places: tuple[PackedArray, ...], packer: ArrayPacker) -> PackedStep:
+    def _pack_writes(self, packer: ArrayPacker) -> tuple[PackedWrites | None, PackedWrites | None]:
         self._fit()
         table = self._table
-        sampled_cells = packer.add(arrays.sampled_cells)
         token_writes = block_writes = None
         if table.token_writes:
             cells, values = _token_cells(table.token_writes, table.num_token_columns)
@@ -81,7 +102,7 @@ class DeviceTables:
         if table.block_writes:
             cells, values = _block_cells(table.block_writes, self._block_ids.shape[1])
             block_writes = packer.add(cells), packer.add(values)
-        return PackedStep(arrays, places, sampled_cells, token_writes, block_writes)
+        return token_writes, block_writes
 
     def inputs(self, step: PackedStep, packed: ArraysOnDevice) -> StepInputs:
         """The step's inputs, from the arrays on the device. Brings the tables up to date first."""
@@ -94,28 +115,31 @@ class DeviceTables:
             slot_mapping=slots,
             query_starts=starts,
             context_lens=context_lens,
-            block_tables=self._tables_of(arrays).index_select(0, rows),
+            block_tables=self._tables_for(arrays.context_len_max).index_select(0, rows),
             sampled_rows=sampled,
             num_decodes=arrays.num_decodes,
             query_len_max=arrays.query_len_max,
             context_len_max=arrays.context_len_max,
         )
 
-    def fill_captured(self, captured: CapturedStep, step: PackedStep, packed: ArraysOnDevice) -> None:
-        """Put the step's inputs where the captured step reads them. Brings the tables up to date first."""
+    def fill_captured(self, captured: CapturedStep, step: PackedDecodes, packed: ArraysOnDevice) -> torch.Tensor:
+        """Put the step's inputs where the captured step reads them. Brings the tables up to date first.
+
+        Where drawn tokens go: [num_seqs] int64.
+        """
         self._update(step, packed)
-        cells, places = (place.on(packed) for place in step.places)
-        token_cells, rows = cells.unbind()
-        captured.places.copy_(places)
-        torch.index_select(self.token_ids.view(-1), 0, token_cells, out=captured.token_ids)
-        tables = self._tables_of(step.arrays)
-        torch.index_select(tables, 0, rows, out=captured.block_tables[:, : tables.shape[1]])
+        room = step.room.on(packed)
+        captured.places.copy_(room[_NUM_CELLS:])
+        torch.index_select(self.token_ids.view(-1), 0, room[0], out=captured.token_ids)
+        tables = self._tables_for(step.context_len_max)
+        torch.index_select(tables, 0, room[1], out=captured.block_tables[:, : tables.shape[1]])
+        return room[2, : step.num_seqs]
 
-    def _tables_of(self, arrays: StepArrays) -> torch.Tensor:
-        """As many columns of all block tables as the step's longest context has blocks, or a few more."""
-        return self._block_ids[:, : table_width(-(-arrays.context_len_max // self._table.block_size))]
+    def _tables_for(self, context_len_max: int) -> torch.Tensor:
+        """As many columns of all block tables as the longest context has blocks, or a few more."""
+        return self._block_ids[:, : table_width(-(-context_len_max // self._table.block_size))]
 
-    def _update(self, step: PackedStep, packed: ArraysOnDevice) -> None:
+    def _update(self, step: PackedStep | PackedDecodes, packed: ArraysOnDevice) -> None:
         # The host's lists are cleared only now: a step that fails before leaves them to the next one.
         if step.token_writes is not None:
             cells, values = step.token_writes
@@ -126,9 +150,9 @@ class DeviceTables:
             self._block_ids.view(-1).index_copy_(0, cells.on(packed), values.on(packed))
             self._table.block_writes.clear()
 
-    def keep_drawn(self, step: PackedStep, packed: ArraysOnDevice, token_ids: torch.Tensor) -> None:
+    def keep_drawn(self, cells: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Make drawn tokens, [num_sampled] int32, the last ones of their sequences."""
-        self.token_ids.view(-1).index_copy_(0, step.sampled_cells.on(packed), token_ids)
+        self.token_ids.view(-1).index_copy_(0, cells, token_ids)
 
     def _fit(self) -> None:
         table = self._table

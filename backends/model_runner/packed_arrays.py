@@ -1,45 +1,42 @@
 """Many small arrays in one copy from the host to a device."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 
 _SIZE_BYTES_MIN = 1 << 16
-# Wide ones first, so that each section is aligned for its type.
-_DTYPES: tuple[tuple[np.dtype[Any], torch.dtype], ...] = (
-    (np.dtype(np.int64), torch.int64),
-    (np.dtype(np.int32), torch.int32),
-    (np.dtype(np.float32), torch.float32),
-)
-_SECTION_OF = {numpy_dtype: index for index, (numpy_dtype, _) in enumerate(_DTYPES)}
-
 _ALIGNMENT_BYTES = 16
-_NUM_ALIGNED = tuple(_ALIGNMENT_BYTES // dtype.itemsize for dtype, _ in _DTYPES)
-_PADDING = tuple(np.zeros(count, dtype) for count, (dtype, _) in zip(_NUM_ALIGNED, _DTYPES, strict=True))
+_TORCH_DTYPES = {
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.float32): torch.float32,
+}
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class ArraysOnDevice:
-    """What an `ArrayPacker` copied: for each type of number the arrays in the order in which they came."""
+    """What an `ArrayPacker` copied: bytes."""
 
-    sections: tuple[tuple[torch.Tensor, ...], ...]
+    bytes: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class PackedArray:
-    """Which of the copied arrays one is."""
+    """Where among the copied bytes an array lies."""
 
-    section: int
-    index: int
+    start: int
+    end: int
+    dtype: torch.dtype
     shape: tuple[int, ...]
 
     def on(self, packed: ArraysOnDevice) -> torch.Tensor:
         """The array on the device: a view of the copied memory, [*shape]."""
-        array = packed.sections[self.section][self.index]
+        array = packed.bytes[self.start : self.end].view(self.dtype)
         return array if len(self.shape) == 1 else array.view(self.shape)
 
 
@@ -54,10 +51,11 @@ class StagingBuffer:
         self.tensor = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._is_pinned)
         self.bytes = self.tensor.numpy()
 
-    def reserve(self, size_bytes: int) -> None:
-        """Make room for so many bytes; what was there is gone."""
-        if size_bytes > self.bytes.size:
-            self._allocate(max(size_bytes, 2 * self.bytes.size))
+    def grow(self, size_bytes: int, kept_bytes: int) -> None:
+        """Make room for at least so many bytes, and keep the first ones."""
+        kept = self.bytes[:kept_bytes]
+        self._allocate(max(size_bytes, 2 * self.bytes.size))
+        self.bytes[:kept_bytes] = kept
 
 
 class ArrayPacker:
@@ -65,34 +63,27 @@ class ArrayPacker:
 
     def __init__(self, staging: StagingBuffer) -> None:
         self._staging = staging
-        self._sections: tuple[list[Array], ...] = tuple([] for _ in _DTYPES)
+        self._end = 0
+
+    def room(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, PackedArray]:
+        """Room for an array of unknown content, to be filled before anything else is put in line; what finds it.
+
+        Each array begins as the allocator's memory does: a kernel is compiled anew for pointers that do not.
+        """
+        start = self._end
+        end = start + prod(shape) * dtype.itemsize
+        self._end = end + -end % _ALIGNMENT_BYTES
+        if self._end > self._staging.bytes.size:
+            self._staging.grow(self._end, start)
+        place = PackedArray(start, end, _TORCH_DTYPES[dtype], shape)
+        return self._staging.bytes[start:end].view(dtype).reshape(shape), place
 
     def add(self, array: Array) -> PackedArray:
         """Put an array in line; gives what finds it after `copy_to`."""
-        section = _SECTION_OF[array.dtype]
-        arrays = self._sections[section]
-        place = PackedArray(section, len(arrays) // 2, array.shape)
-        arrays.append(array if array.ndim == 1 else array.reshape(-1))
-        # Each array begins as the allocator's memory does: a kernel is compiled anew for pointers that do not.
-        arrays.append(_PADDING[section][: -array.size % _NUM_ALIGNED[section]])
+        room, place = self.room(array.shape, array.dtype)
+        room[...] = array
         return place
 
     def copy_to(self, device: torch.device) -> ArraysOnDevice:
         """Copy, without waiting for it. On the CPU the arrays lie in the staging buffer itself."""
-        sizes = [[array.size for array in arrays] for arrays in self._sections]
-        num_bytes = [sum(counts) * dtype.itemsize for counts, (dtype, _) in zip(sizes, _DTYPES, strict=True)]
-        staging = self._staging
-        staging.reserve(sum(num_bytes))
-        start = 0
-        for arrays, count, (dtype, _) in zip(self._sections, num_bytes, _DTYPES, strict=True):
-            if arrays:
-                np.concatenate(arrays, out=staging.bytes[start : start + count].view(dtype))
-            start += count
-        packed = staging.tensor[:start].to(device, non_blocking=True)
-        sections: list[tuple[torch.Tensor, ...]] = []
-        start = 0
-        for counts, count, (_, torch_dtype) in zip(sizes, num_bytes, _DTYPES, strict=True):
-            section = packed[start : start + count].view(torch_dtype)
-            sections.append(torch.split(section, counts)[::2] if counts else ())
-            start += count
-        return ArraysOnDevice(tuple(sections))
+        return ArraysOnDevice(self._staging.tensor[: self._end].to(device, non_blocking=True))

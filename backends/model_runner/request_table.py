@@ -53,10 +53,15 @@ class SequenceRows:
     """The sequences of a step in the plan's order, decodes first."""
 
     rows: Array  # [num_seqs] int64: of the request table
-    first_positions: Array  # [num_seqs] int64
-    query_lens: Array  # [num_seqs] int64
-    samples: Array  # [num_seqs] bool
+    ends: Array  # [num_seqs] int64: the context's tokens once the step is over
+    context_len_max: int
     num_decodes: int
+    query_lens: Array | None = None  # [num_seqs] int64; None: one each
+    samples: Array | None = None  # [num_seqs] bool; None: all
+
+    @property
+    def only_decodes(self) -> bool:
+        return self.query_lens is None
 
 
 class RequestTable:
@@ -159,12 +164,14 @@ class RequestTable:
                 self._extend_table(self._requests[request_id], block_ids)
         decode_rows = self._rows_of_decodes(plan.decode_request_ids)
         sequences = self._with_chunks(plan, decode_rows) if plan.chunks else self._only_decodes(decode_rows)
-        ends = sequences.first_positions + sequences.query_lens
-        self._check_blocks(plan, sequences, ends)
-        sampled = sequences.samples
-        self.num_tokens[sequences.rows[sampled]] = ends[sampled] + 1
-        if ends.size and ends.max() > self.num_positions:
-            for row in sequences.rows[ends > self.num_positions].tolist():
+        self._check_blocks(plan, sequences)
+        rows, ends, samples = sequences.rows, sequences.ends, sequences.samples
+        if samples is None:
+            self.num_tokens[rows] = ends + 1
+        else:
+            self.num_tokens[rows[samples]] = ends[samples] + 1
+        if sequences.context_len_max > self.num_positions:
+            for row in rows[ends > self.num_positions].tolist():
                 self.parameters.refuse(row)
         return sequences
 
@@ -201,10 +208,8 @@ class RequestTable:
         return self._decode_rows
 
     def _only_decodes(self, rows: Array) -> SequenceRows:
-        num_seqs = rows.size
-        return SequenceRows(
-            rows, self.num_tokens[rows] - 1, np.ones(num_seqs, np.int64), np.ones(num_seqs, np.bool_), num_seqs
-        )
+        ends = self.num_tokens[rows]
+        return SequenceRows(rows, ends, int(ends.max()), rows.size)
 
     def _with_chunks(self, plan: StepPlan, decode_rows: Array) -> SequenceRows:
         num_decodes = decode_rows.size
@@ -217,16 +222,20 @@ class RequestTable:
         first = [chunk.num_computed_tokens for chunk in plan.chunks]
         lens = [chunk.num_tokens for chunk in plan.chunks]
         samples = [chunk.samples for chunk in plan.chunks]
+        chunk_ends = np.array(first, np.int64) + np.array(lens, np.int64)
+        ends = np.concatenate((self.num_tokens[decode_rows], chunk_ends))
         return SequenceRows(
-            np.concatenate((decode_rows, np.array(chunk_rows, np.int64))),
-            np.concatenate((self.num_tokens[decode_rows] - 1, np.array(first, np.int64))),
-            np.concatenate((decode_ones, np.array(lens, np.int64))),
-            np.concatenate((decode_ones.astype(np.bool_), np.array(samples, np.bool_))),
-            num_decodes,
+            rows=np.concatenate((decode_rows, np.array(chunk_rows, np.int64))),
+            ends=ends,
+            context_len_max=int(ends.max()),
+            num_decodes=num_decodes,
+            query_lens=np.concatenate((decode_ones, np.array(lens, np.int64))),
+            samples=np.concatenate((decode_ones.astype(np.bool_), np.array(samples, np.bool_))),
         )
 
-    def _check_blocks(self, plan: StepPlan, sequences: SequenceRows, ends: Array) -> None:
+    def _check_blocks(self, plan: StepPlan, sequences: SequenceRows) -> None:
         """A sequence without a block for its tokens would write over somebody else's."""
+        ends = sequences.ends
         short = ends > self.num_blocks[sequences.rows] * self.block_size
         if short.any():
             index = int(short.argmax())

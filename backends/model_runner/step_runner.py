@@ -7,15 +7,16 @@ import torch
 from backends.base import HardwareBackend
 from backends.memory import MemoryKind
 from backends.model_runner.decode_graphs import CapturedStep, DecodeGraphs
-from backends.model_runner.device_tables import DeviceTables, PackedStep
+from backends.model_runner.device_tables import DeviceTables
 from backends.model_runner.kv_blocks import KVBlocks
 from backends.model_runner.loaded_model import LoadedModel
-from backends.model_runner.packed_arrays import ArrayPacker, ArraysOnDevice, StagingBuffer
-from backends.model_runner.request_table import RequestTable
-from backends.model_runner.sampler.device_draw_plan import PackedDrawPlan
-from backends.model_runner.sampler.draw_plan import DrawPlan, plan_drawing
+from backends.model_runner.packed_arrays import ArrayPacker, StagingBuffer
+from backends.model_runner.request_table import RequestTable, SequenceRows
+from backends.model_runner.sampler.device_draw_plan import DeviceDrawPlan, PackedDrawPlan
+from backends.model_runner.sampler.draw_plan import DrawPlan
+from backends.model_runner.sampler.draw_planner import DrawPlanner
 from backends.model_runner.sampler.sampler import DrawnLogprobs, Sampler
-from backends.model_runner.step_arrays import StepArrays, step_arrays
+from backends.model_runner.step_arrays import sampled_sequences, step_arrays
 from sagellm.core.plan import StepPlan
 from sagellm.core.step_executor import TokenLogprobs
 
@@ -58,6 +59,16 @@ class StepTokens:
         return reported
 
 
+@dataclass(frozen=True, slots=True)
+class _LaunchedModel:
+    """What a step's drawing goes on with."""
+
+    logits: torch.Tensor  # [num_sampled, vocab_size] float32
+    draw_plan: DeviceDrawPlan
+    drawn_cells: torch.Tensor  # [num_sampled] int64
+    drawn: tuple[torch.Tensor, torch.Tensor] | None  # tokens, and whether they are invalid, where they are drawn
+
+
 class StepRunner:
     """A model, its KV cache and its requests on one device. All calls come from one thread."""
 
@@ -65,12 +76,11 @@ class StepRunner:
         vocab_size = model.program.vocab_size
         self._model = model
         self._kv = kv
-        self._vocab_size = vocab_size
         self._device = backend.torch_device(device_index)
         self.requests = RequestTable(kv.tensors.block_size, vocab_size, model.num_positions)
         self._tables = DeviceTables(self.requests, self._device)
         draw_tokens = backend.token_drawing()
-        self._draws_by_kernel = draw_tokens is not None
+        self._draw_planner = DrawPlanner(self.requests.parameters, vocab_size, by_kernel=draw_tokens is not None)
         self._sampler = Sampler(vocab_size, self._device, draw_tokens)
         self.decode_graphs = DecodeGraphs(model.program, kv, model.num_positions, backend, device_index)
 
@@ -81,48 +91,48 @@ class StepRunner:
         out. Requests then stand as if the step had run, until a plan begins them again.
         """
         sequences = self.requests.apply(plan)
-        arrays = step_arrays(self.requests, sequences)
-        draw_plan = plan_drawing(
-            self.requests.parameters,
-            arrays.sampled_table_rows,
-            arrays.sampled_positions,
-            self._vocab_size,
-            by_kernel=self._draws_by_kernel,
-        )
-        captured = self._captured_step(arrays)
+        draw_plan = self._draw_planner.plan(*sampled_sequences(sequences))
         packer = ArrayPacker(memory.staging)
+        captured = self._captured_step(sequences)
         if captured is None:
-            packed_step = self._tables.pack(arrays, packer)
+            launched = self._launch_operators(sequences, draw_plan, packer)
         else:
-            packed_step = self._tables.pack_decodes(arrays, captured, draw_plan.kernel, packer)
-        drawn = captured.drawn if captured is not None and draw_plan.is_plain else None
-        packed_draw = PackedDrawPlan(draw_plan, packer, drawn_already=drawn is not None)
-        packed = packer.copy_to(self._device)
-        logits = self._logits(captured, packed_step, packed)
+            launched = self._replay(captured, sequences, draw_plan, packer)
         num_sampled = draw_plan.num_rows
         host_drawn = memory.drawn[:num_sampled]
         if not num_sampled:
             return StepTokens(host_drawn, draw_plan, None)
-        if drawn is not None:
-            drawn = drawn[0][:num_sampled], drawn[1][:num_sampled]
-        tokens = self._sampler.draw(logits, packed_draw.on(packed), self._tables.token_ids, drawn)
+        tokens = self._sampler.draw(launched.logits, launched.draw_plan, self._tables.token_ids, launched.drawn)
         token_ids = tokens.token_ids.to(torch.int32)
-        self._tables.keep_drawn(packed_step, packed, token_ids)
+        self._tables.keep_drawn(launched.drawn_cells, token_ids)
         host_drawn.copy_(token_ids.masked_fill_(tokens.is_invalid, -1), non_blocking=True)
         return StepTokens(host_drawn, draw_plan, None if tokens.logprobs is None else _on_host(tokens.logprobs))
 
-    def _captured_step(self, arrays: StepArrays) -> CapturedStep | None:
-        if arrays.num_decodes < arrays.table_rows.size:
+    def _captured_step(self, sequences: SequenceRows) -> CapturedStep | None:
+        if not sequences.only_decodes:
             return None
-        return self.decode_graphs.step_for(arrays.num_decodes, arrays.context_len_max)
+        return self.decode_graphs.step_for(sequences.num_decodes, sequences.context_len_max)
 
-    def _logits(self, captured: CapturedStep | None, step: PackedStep, packed: ArraysOnDevice) -> torch.Tensor:
-        """[num_sampled, vocab_size] float32."""
-        if captured is None:
-            return self._model.program.run(self._tables.inputs(step, packed), self._kv.tensors)
-        self._tables.fill_captured(captured, step, packed)
+    def _launch_operators(self, sequences: SequenceRows, draw_plan: DrawPlan, packer: ArrayPacker) -> _LaunchedModel:
+        step = self._tables.pack(step_arrays(self.requests, sequences), packer)
+        draw = PackedDrawPlan(draw_plan, packer)
+        packed = packer.copy_to(self._device)
+        logits = self._model.program.run(self._tables.inputs(step, packed), self._kv.tensors)
+        return _LaunchedModel(logits, draw.on(packed), step.sampled_cells.on(packed), None)
+
+    def _replay(
+        self, captured: CapturedStep, sequences: SequenceRows, draw_plan: DrawPlan, packer: ArrayPacker
+    ) -> _LaunchedModel:
+        drawn = captured.drawn if draw_plan.is_plain else None
+        step = self._tables.pack_decodes(sequences, captured, draw_plan.kernel, packer)
+        draw = PackedDrawPlan(draw_plan, packer, drawn_already=drawn is not None)
+        packed = packer.copy_to(self._device)
+        drawn_cells = self._tables.fill_captured(captured, step, packed)
         captured.graph.replay()
-        return captured.logits[: step.arrays.num_decodes]
+        num_seqs = step.num_seqs
+        if drawn is not None:
+            drawn = drawn[0][:num_seqs], drawn[1][:num_seqs]
+        return _LaunchedModel(captured.logits[:num_seqs], draw.on(packed), drawn_cells, drawn)
 
 
 def _on_host(logprobs: DrawnLogprobs) -> DrawnLogprobs:

@@ -54,6 +54,7 @@ class ParameterTable:
         self.num_prompt_tokens = np.zeros(num_rows, np.int64)
         self.num_logprobs = np.zeros(num_rows, np.int64)
         self.edits: list[LogitEdits | None] = [None] * num_rows
+        self.num_changes = 0
 
     def grow(self, num_rows: int) -> None:
         """Make room for so many rows."""
@@ -66,6 +67,7 @@ class ParameterTable:
     def fill(self, row: int, spec: RequestSpec) -> None:
         """Give the row to a request."""
         sampling = spec.sampling or GREEDY
+        self.num_changes += 1
         self.temperature[row] = sampling.temperature if sampling.temperature >= GREEDY_TEMPERATURE_MAX else 0.0
         self.top_k[row] = sampling.top_k if 0 < sampling.top_k < self._vocab_size else 0
         self.top_p[row] = sampling.top_p if sampling.top_p < 1 else 2.0  # beyond what rounding can reach
@@ -79,6 +81,7 @@ class ParameterTable:
 
     def refuse(self, row: int) -> None:
         """Whatever is drawn for the row means nothing."""
+        self.num_changes += 1
         self.wishes[row] |= Wish.REFUSED
 
     def _wishes(self, row: int, sampling: SamplingParameters) -> Wish:

@@ -167,8 +167,10 @@ def test_the_pause_before_an_instance_that_never_lasts_grows() -> None:
 
 def test_without_instances_requests_end_and_the_engine_says_so() -> None:
     async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
-        reading = [asyncio.ensure_future(read(engine.submit(request(name, 20, 5000)))) for name in range(3)]
-        await asyncio.sleep(0.05)
+        streams = [engine.submit(request(name, 20, 20_000)) for name in range(3)]
+        reading = [asyncio.ensure_future(read(stream)) for stream in streams]
+        while not streams[0].output_token_ids:
+            await asyncio.sleep(0)
         host.kill(InstanceId("only"))
         for _, outcome in await asyncio.gather(*reading):
             assert outcome == RequestOutcome(None, "no instance is left to serve it", Refusal.UNAVAILABLE)
@@ -310,9 +312,11 @@ def test_draining_takes_nothing_new_and_lets_end_what_runs() -> None:
 
 def test_draining_aborts_what_takes_too_long() -> None:
     async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
-        endless = asyncio.ensure_future(read(engine.submit(request("endless", 20, 60_000))))
-        await asyncio.sleep(0.05)
-        await engine.drain(0.05)
+        stream = engine.submit(request("endless", 20, 60_000))
+        endless = asyncio.ensure_future(read(stream))
+        while not stream.output_token_ids:
+            await asyncio.sleep(0)
+        await engine.drain(0)
         assert (await endless)[1] == RequestOutcome(FinishReason.ABORT)
 
     serve(Cluster((big("a"),)), scenario)

@@ -262,6 +262,7 @@ class InstanceProcesses:
         how = process.last_words or (f"it was ended by signal {-code}" if code < 0 else f"it ended with code {code}")
         if not process.started.done():
             process.started.set_exception(StartError(f"{process.instance_id}: {how} while it started"))
+            process.started.exception()  # whoever waits for it hears of it; where nobody does, all is well, too
         if self._is_stopping:
             return
         if process.listens:

@@ -1,7 +1,8 @@
-"""How well the simulator predicts a server on this CPU, with a profile that is fitted to it here and now.
+r"""How well the simulator predicts a server on this CPU, with a profile that is fitted to it here and now.
 
-    python benchmarks/cpu_prediction.py --model sagellm/toy [--json FILE] [--profile-out cpu_toy.json]
-    python benchmarks/cpu_prediction.py --model sagellm/qwen3-100m --shrink-prompts 48 --shrink-outputs 16
+    python benchmarks/cpu_prediction.py --model sagellm/toy --repetitions 5 [--json FILE] [--profile-out cpu_toy.json]
+    python benchmarks/cpu_prediction.py --model sagellm/qwen3-100m --shrink-prompts 64 --shrink-outputs 24 \
+        --num-calibration 60
 
 One server with a log, one torch thread, and one client, whose replays take turns:
 
@@ -370,7 +371,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="sagellm/toy")
     parser.add_argument("--shrink-prompts", type=int, default=4, help="the trace's prompts are divided by this")
     parser.add_argument("--shrink-outputs", type=int, default=4, help="and its outputs by this")
-    parser.add_argument("--load", type=float, default=0.5, help="of what 32 streams reach")
+    parser.add_argument("--load", type=float, default=0.4, help="of what 32 streams reach")
     parser.add_argument("--repetitions", type=int, default=3, help="of the predicted replay")
     parser.add_argument("--num-calibration", type=int, default=100, help="requests of each calibration")
     parser.add_argument("--max-num-seqs", type=int, default=64)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backends import registry
@@ -67,6 +68,18 @@ class RecordedGraph(DeviceGraph):
     def reset(self) -> None:
         self._recorder = _Recorder()
 
+    def memory_from_outside(self) -> list[StorageWeakRef]:
+        """What a replay reads or writes and the capture did not make: somebody must keep it."""
+        own: set[int] = set()
+        outside: dict[int, StorageWeakRef] = {}
+        for _, args, kwargs, result in self._recorder.calls:
+            for tensor in _tensors([*args, *kwargs.values()]):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in own:
+                    outside[storage.data_ptr()] = StorageWeakRef(storage)
+            own |= {tensor.untyped_storage().data_ptr() for tensor in _tensors(result)} - set(outside)
+        return list(outside.values())
+
 
 def _tensors(result: Any) -> list[torch.Tensor]:
     several = result if isinstance(result, tuple | list) else [result]
@@ -81,6 +94,7 @@ class RecordingBackend(CpuBackend):
     def __init__(self, fails_at: int = -1, *, has_kernel: bool = False) -> None:
         self._has_kernel = has_kernel
         self.num_draws = 0
+        self.graphs: list[RecordedGraph] = []
         self.num_captures = 0
         self.num_replays = 0
         self._fails_at = fails_at
@@ -89,7 +103,9 @@ class RecordingBackend(CpuBackend):
         return replace(super().capabilities(device_index), graph_capture=True)
 
     def create_graph(self, memory_of: DeviceGraph | None = None) -> DeviceGraph:
-        return RecordedGraph(self)
+        graph = RecordedGraph(self)
+        self.graphs.append(graph)
+        return graph
 
     def before_capture(self) -> None:
         if self.num_captures == self._fails_at:

@@ -1,5 +1,6 @@
 """Captured decode steps give what steps launched one by one give, at any batch size and after any capture."""
 
+import gc
 import io
 import logging
 import random
@@ -184,6 +185,22 @@ def test_a_capture_that_runs_out_of_memory_is_told_once(
     (record,) = caplog.records
     assert "no room for a graph" in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+def test_what_graphs_read_stays_in_place() -> None:
+    backend = RecordingBackend(has_kernel=True)
+    kv = KVBlocks(backend, 0, (1, 2, 6, BLOCK_SIZE, 1, 1), torch.float32)
+    graphs = DecodeGraphs(HashProgram(), kv, 20, backend, 0)
+    graphs.capture(9, io.StringIO())
+    memory = [each for graph in backend.graphs for each in graph.memory_from_outside()]
+    assert len(memory) >= 4 * len(graphs), "inputs, cache and logits at least"
+    for graph in backend.graphs:
+        graph.reset()  # a device's graph keeps nothing
+    gc.collect()
+    assert not any(each.expired() for each in memory)
+    del graphs
+    gc.collect()
+    assert any(each.expired() for each in memory)
 
 
 def test_a_context_beyond_the_models_is_not_replayed(backend: RecordingBackend) -> None:

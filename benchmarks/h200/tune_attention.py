@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backends.cuda import operator_kernels
 from backends.cuda.kernels.decode_attention import decode_attention
-from backends.cuda.kernels.gathered_attention import gather_contexts, gathered_attention
 from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.sampling import draw_tokens
 from backends.cuda.kernels.tile_shapes import TileShape
@@ -121,11 +121,11 @@ class Batch:
         return Variant(group, case, name, self.num_bytes, self.num_flops, runs, is_current)
 
 
-def decode_call(shape: TileShape, num_parts: int, spares_masks: bool) -> Callable[..., object]:
+def decode_call(shape: TileShape, num_parts: int) -> Callable[..., object]:
     def call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         where = (inputs.context_lens, inputs.block_tables, num_parts, shape)
-        decode_attention(query, keys, values, out, *where, scale=SCALE, sliding_window=0, spares_masks=spares_masks)
+        decode_attention(query, keys, values, out, *where, scale=SCALE, sliding_window=0)
 
     return call
 
@@ -139,14 +139,16 @@ def prefill_call(shape: TileShape) -> Callable[..., object]:
     return call
 
 
-def gathered_call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
-    where = (inputs.query_starts, inputs.context_lens, inputs.block_tables)
-    lens = (inputs.query_len_max, inputs.context_len_max)
-    return gathered_attention(query, keys, values, *where, *lens, scale=SCALE, sliding_window=0)
+def torch_call(backend: SDPBackend) -> Callable[..., object]:
+    """Torch's attention of one prompt, on keys and values that lie one after the other."""
 
+    def call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
+        heads = query.unflatten(1, (-1, HEAD_DIM)).transpose(0, 1).unsqueeze(0)
+        rows = (tensor.flatten(0, 1)[: query.shape[0]].transpose(0, 1).unsqueeze(0) for tensor in (keys, values))
+        with sdpa_kernel(backend):
+            return functional.scaled_dot_product_attention(heads, *rows, is_causal=True, scale=SCALE, enable_gqa=True)
 
-def gather_call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
-    return gather_contexts(keys, values, inputs.context_lens, inputs.block_tables, inputs.context_len_max, query.dtype)
+    return call
 
 
 def current_call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
@@ -162,9 +164,7 @@ def decode_variants() -> Iterator[Variant]:
         yield what.variant("decode", case, "current", current_call, True)
         for num_parts in parts:
             for shape in DECODE_SHAPES:
-                for masks in (True, False):
-                    name = f"{named(shape, num_parts)}{'' if masks else ', all masked'}"
-                    yield what.variant("decode", case, name, decode_call(shape, num_parts, masks), False)
+                yield what.variant("decode", case, named(shape, num_parts), decode_call(shape, num_parts), False)
 
 
 def prefill_variants() -> Iterator[Variant]:
@@ -181,8 +181,9 @@ def prefill_variants() -> Iterator[Variant]:
     ):
         what = Batch(sequences)
         yield what.variant("prefill", case, "current", current_call, True)
-        yield what.variant("prefill", case, "gather, torch flash", gathered_call, False)
-        yield what.variant("prefill", case, "gather alone", gather_call, False)
+        if len(sequences) == 1 and sequences[0][0] == sequences[0][1]:
+            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+                yield what.variant("prefill", case, f"torch {backend.name.lower()}", torch_call(backend), False)
         for shape in PREFILL_SHAPES:
             yield what.variant("prefill", case, named(shape), prefill_call(shape), False)
 
@@ -362,7 +363,7 @@ def print_group(group: str, cases: dict[tuple[str, str], list[Row]]) -> None:
         print(f"{group} {case}")
         ranked = sorted(rows, key=lambda row: row.us)
         for rank, row in enumerate(ranked):
-            if rank < 8 or row.is_current or row.error or "gather" in row.variant:
+            if rank < 8 or row.is_current or row.error or row.variant.startswith("torch"):
                 mark = "*" if row.is_current else " "
                 print(f"  {mark} {row.variant:42}{row.us:10.1f} us{row.share_of_peak:8.1%} {row.error}")
     sys.stdout.flush()

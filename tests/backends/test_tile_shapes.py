@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.cuda.kernels.tile_shapes import (
+    PARTS_MAX,
     decode_tile,
     head_columns,
     num_decode_parts,
@@ -16,22 +17,33 @@ def is_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
 
 
-@given(st.sampled_from([16, 64, 80, 128, 256]), st.integers(1, 128), st.sampled_from([2, 4]))
-def test_tiles_hold_a_group_and_are_powers_of_two(head_dim: int, group: int, element_bytes: int) -> None:
-    for shape in (prefill_tile(head_dim, group, element_bytes), decode_tile(head_dim, group, element_bytes)):
+@given(st.sampled_from([16, 64, 80, 128, 256]), st.integers(1, 128), st.sampled_from([2, 4]), st.integers(1, 100_000))
+def test_tiles_hold_a_group_and_are_powers_of_two(
+    head_dim: int, group: int, element_bytes: int, context_len: int
+) -> None:
+    heads = (head_dim, group, element_bytes)
+    for shape in (prefill_tile(*heads, context_len, False), decode_tile(*heads)):
         assert shape.num_rows >= max(group, 16)
         assert is_power_of_two(shape.num_rows)
         assert is_power_of_two(shape.num_keys)
 
 
+def test_large_tiles_are_for_long_contexts_on_devices_that_hold_them() -> None:
+    sizes = [
+        prefill_tile(128, 7, 2, context_len, holds_large_tiles).num_keys
+        for context_len, holds_large_tiles in ((1000, True), (8000, True), (8000, False))
+    ]
+    assert sizes == [64, 128, 64]
+
+
 @given(st.integers(1, 100_000), st.integers(1, 1_000_000), st.integers(1, 200))
-def test_parts_are_a_power_of_two_and_enough_for_the_device(programs: int, context: int, units: int) -> None:
+def test_parts_are_enough_for_the_device_and_none_is_too_short(programs: int, context: int, units: int) -> None:
     parts = num_decode_parts(programs, context, units)
-    assert is_power_of_two(parts)
-    assert parts <= 64
+    assert 1 <= parts <= PARTS_MAX
+    assert (parts - 1) * 64 < context
     fills_the_device = parts * programs >= units
-    is_worthwhile = parts * 128 < context
-    assert fills_the_device or not is_worthwhile or parts == 64
+    is_worthwhile = parts * 64 < context
+    assert fills_the_device or not is_worthwhile or parts == PARTS_MAX
 
 
 @given(st.integers(4, 10_000))

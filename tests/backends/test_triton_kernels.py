@@ -21,7 +21,6 @@ from backends.conformance.closeness import expect_close
 from backends.conformance.operator_checks import operator_checks
 from backends.cpu.backend import CpuBackend
 from backends.cuda.kernels.decode_attention import decode_attention
-from backends.cuda.kernels.gathered_attention import gather_contexts
 from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.tile_shapes import decode_tile, prefill_tile
 from backends.cuda.operator_kernels import register_kernels
@@ -92,7 +91,9 @@ def test_the_kernel_of_prompts_computes_decodes_too(window: int) -> None:
     found = torch.full(batch.query.shape, torch.nan)
     caches = (batch.key_cache, batch.value_cache)
     where = (batch.inputs.query_starts, batch.inputs.context_lens, batch.inputs.block_tables, batch.query.shape[0])
-    prefill_attention(batch.query, *caches, found, *where, prefill_tile(64, 3, 4), scale=0.125, sliding_window=window)
+    prefill_attention(
+        batch.query, *caches, found, *where, prefill_tile(64, 3, 4, 70, False), scale=0.125, sliding_window=window
+    )
     exact = oracle.attention(batch.query, *caches, batch.inputs, scale=0.125, sliding_window=window)
     expect_close(found, exact, torch.float32, "attention")
 
@@ -117,19 +118,3 @@ def test_a_head_size_that_no_kernel_knows_runs_the_reference_and_says_so(subject
         found = run(batch.query, batch.key_cache, batch.value_cache, batch.inputs, scale=0.05)
     expected = reference.attention(batch.query, batch.key_cache, batch.value_cache, batch.inputs, scale=0.05)
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("heads", [HeadShape(4, 2, 64), HeadShape(6, 3, 12)], ids=str)
-def test_gathered_contexts_lie_one_after_the_other(heads: HeadShape) -> None:
-    sequences = tuple((1, 1 + 13 * index % 40) for index in range(70))
-    batch = paged_batch(sequences, heads, 8, torch.float16)
-    inputs = batch.inputs
-    caches = (batch.key_cache, batch.value_cache)
-    *found, starts = gather_contexts(*caches, inputs.context_lens, inputs.block_tables, 40, torch.float16)
-    assert starts.tolist() == [0, *inputs.context_lens.cumsum(0).tolist()]
-    for cache, gathered in zip(caches, found, strict=True):
-        expected = [
-            cache[inputs.block_tables[index].long()].flatten(0, 1)[:context_len]
-            for index, (_, context_len) in enumerate(sequences)
-        ]
-        assert torch.equal(gathered[: starts[-1]], torch.cat(expected))

@@ -30,7 +30,7 @@ def _extent(row_logits, vocab_size, inverse_temperature, COLUMNS: tl.constexpr):
     """The largest and the least finite score."""
     highest = tl.full((COLUMNS,), float("-inf"), dtype=tl.float32)
     lowest = tl.full((COLUMNS,), float("inf"), dtype=tl.float32)
-    for first in range(0, vocab_size, COLUMNS):
+    for first in tl.range(0, vocab_size, COLUMNS, num_stages=4):
         scores = _scores(row_logits, first, vocab_size, inverse_temperature, COLUMNS)
         highest = tl.maximum(highest, scores)
         lowest = tl.minimum(lowest, tl.where(scores == float("-inf"), float("inf"), scores))
@@ -41,7 +41,7 @@ def _extent(row_logits, vocab_size, inverse_temperature, COLUMNS: tl.constexpr):
 def _likelihood(row_logits, vocab_size, inverse_temperature, highest, floor, COLUMNS: tl.constexpr):
     """Of all scores not below the floor together; that of the highest is 1."""
     sums = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for first in range(0, vocab_size, COLUMNS):
+    for first in tl.range(0, vocab_size, COLUMNS, num_stages=4):
         scores = _scores(row_logits, first, vocab_size, inverse_temperature, COLUMNS)
         sums += tl.where(scores >= floor, tl.exp2((scores - highest) * _LOG2_E), 0.0)
     return tl.sum(sums, axis=0)
@@ -65,7 +65,7 @@ def _floor(
         third_sums = tl.zeros((COLUMNS,), dtype=tl.float32)
         least_inside = tl.full((COLUMNS,), float("inf"), dtype=tl.float32)
         most_inside = tl.full((COLUMNS,), float("-inf"), dtype=tl.float32)
-        for first in range(0, vocab_size, COLUMNS):
+        for first in tl.range(0, vocab_size, COLUMNS, num_stages=4):
             scores = _scores(row_logits, first, vocab_size, inverse_temperature, COLUMNS)
             weights = tl.exp2((scores - highest) * _LOG2_E) if WEIGHS else 1.0
             first_sums += tl.where(scores >= first_cut, weights, 0.0)

@@ -27,7 +27,7 @@ def _decode_attention(
     key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
     table_row_stride, num_parts, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, IS_SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, SPARES_MASKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program for each sequence, key-value head and part. Unless it is split the result is final."""
     sequence = tl.program_id(0).to(tl.int64)
@@ -59,7 +59,9 @@ def _decode_attention(
         first_seen_key,
         end_key // KEYS * KEYS,
         key_block_stride, key_slot_stride, value_block_stride, value_slot_stride,
-        scale, ROWS, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW, SPARES_MASKS,
+        scale, ROWS, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW,
+        # A short part would wait twice for its first keys, before tiles without masks and before the last one.
+        WINDOW == 0 and not IS_SPLIT,
     )  # fmt: skip
     result = result / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
     if IS_SPLIT:
@@ -120,7 +122,6 @@ def decode_attention(
     *,
     scale: float,
     sliding_window: int,
-    spares_masks: bool = True,
 ) -> None:
     """Attention of the first rows of ``query``, one for each of ``context_lens``, into those of ``out``.
 
@@ -162,7 +163,6 @@ def decode_attention(
         HEAD_DIM=head_dim,
         COLUMNS=head_columns(head_dim),
         WINDOW=sliding_window,
-        SPARES_MASKS=spares_masks and sliding_window == 0,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 _DOT_ROWS_MIN = 16  # of an operand of tl.dot, and the least of the dimension that it sums over
 PARTS_MAX = 128  # a power of two
-_KEYS_PER_PART_MIN = 128
-# More programs than multiprocessors, so that each has several whose loads overlap.
+_KEYS_PER_PART_MIN = 64
+# Several programs on each multiprocessor, so that their loads overlap.
 _PROGRAMS_PER_UNIT = 4
+_LONG_CONTEXT = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,33 +20,40 @@ class TileShape:
     num_stages: int
 
 
-def prefill_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:
-    """Tiles whose operands fit into the registers and shared memory of compute capability 8.0 and later."""
+def prefill_tile(
+    head_dim: int, group: int, element_bytes: int, context_len_max: int, holds_large_tiles: bool
+) -> TileShape:
+    """Small tiles share work out more evenly, large ones, for long contexts, read keys less often.
+
+    ``holds_large_tiles``: a program can have 165 KiB of shared memory; the others fit into 99 KiB.
+    """
     if element_bytes > 2:  # without tensor cores, what a tile holds is in registers
         num_keys = 32 if head_dim <= 64 else 16
         shape = TileShape(num_rows=16, num_keys=num_keys, num_warps=4, num_stages=1)
     elif head_dim > 128:
         shape = TileShape(num_rows=64, num_keys=32, num_warps=4, num_stages=2)
-    else:
+    elif context_len_max <= _LONG_CONTEXT:
+        shape = TileShape(num_rows=64, num_keys=64, num_warps=4, num_stages=2)
+    elif not holds_large_tiles:
         shape = TileShape(num_rows=128, num_keys=64, num_warps=8, num_stages=2)
+    else:
+        shape = TileShape(num_rows=128, num_keys=128, num_warps=8, num_stages=2)
     return TileShape(max(shape.num_rows, power_of_two_from(group)), shape.num_keys, shape.num_warps, shape.num_stages)
 
 
 def decode_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:
-    """A group's heads are the rows; keys are many, because the memory's bandwidth is the limit."""
+    """A group's heads are the rows. Small tiles: many programs on a multiprocessor hide more than many stages."""
     num_rows = max(_DOT_ROWS_MIN, power_of_two_from(group))
     if element_bytes > 2:
         return TileShape(num_rows, num_keys=32 if head_dim <= 64 else 16, num_warps=4, num_stages=2)
-    if head_dim > 128:
-        return TileShape(num_rows, num_keys=32, num_warps=4, num_stages=2)
-    return TileShape(num_rows, num_keys=64, num_warps=4, num_stages=3)
+    return TileShape(num_rows, num_keys=32 if head_dim > 128 else 64, num_warps=4, num_stages=2)
 
 
 def num_decode_parts(num_programs: int, context_len_max: int, num_compute_units: int) -> int:
-    """Parts of each sequence's keys, a power of two: enough to fill the device, none shorter than is worth while."""
-    wanted = -(-_PROGRAMS_PER_UNIT * num_compute_units // max(num_programs, 1))
+    """Parts of each sequence's keys: enough to fill the device once, none shorter than is worth while."""
+    wanted = _PROGRAMS_PER_UNIT * num_compute_units // max(num_programs, 1)
     worthwhile = -(-context_len_max // _KEYS_PER_PART_MIN)
-    return power_of_two_from(max(1, min(wanted, worthwhile, 64)))
+    return max(1, min(wanted, worthwhile, PARTS_MAX))
 
 
 def head_columns(head_dim: int) -> int:

@@ -49,14 +49,20 @@ class StepTokens:
             return {}
         rows = self.draw_plan.logprobs
         assert rows is not None
-        drawn_ranks = self.logprobs.drawn_ranks.tolist()
-        token_ids, logprobs = self.logprobs.token_ids.tolist(), self.logprobs.logprobs.tolist()
-        reported = {}
-        for index, (row, num_logprobs) in enumerate(zip(rows.rows.tolist(), rows.num_logprobs.tolist(), strict=True)):
-            end = min(num_logprobs + 1, len(token_ids[index]))
-            ranks = (drawn_ranks[index], *range(1, end))
-            reported[row] = TokenLogprobs(tuple(token_ids[index][:end]), tuple(logprobs[index][:end]), ranks)
-        return reported
+        found = self.logprobs
+        ends = (rows.num_logprobs + 1).clip(max=found.token_ids.shape[1])
+        following_ranks = tuple(range(1, found.token_ids.shape[1]))
+        return {
+            row: TokenLogprobs(tuple(token_ids[:end]), tuple(logprobs[:end]), (drawn_rank, *following_ranks[: end - 1]))
+            for row, end, token_ids, logprobs, drawn_rank in zip(
+                rows.rows.tolist(),
+                ends.tolist(),
+                found.token_ids.tolist(),
+                found.logprobs.tolist(),
+                found.drawn_ranks.tolist(),
+                strict=True,
+            )
+        }
 
 
 @dataclass(frozen=True, slots=True)

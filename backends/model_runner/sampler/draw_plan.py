@@ -56,6 +56,8 @@ class PenaltyRows:
     num_prompt_tokens: Array  # [num_penalised] int64
     penalties: Array  # [3, num_penalised] float32: repetition, presence, frequency
     num_tokens_max: int
+    has_repetition: bool
+    has_others: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +172,16 @@ def _kernel_rows(table: ParameterTable, table_rows: Array, num_tokens: Array, ev
 def _penalty_rows(table: ParameterTable, table_rows: Array, num_tokens: Array, wishes: Array) -> PenaltyRows:
     rows = np.flatnonzero(wishes & Wish.PENALTIES)
     chosen = table_rows[rows]
+    penalties = np.ascontiguousarray(table.penalties[chosen].T)
     return PenaltyRows(
         rows=rows,
         table_rows=chosen,
         num_tokens=num_tokens[rows],
         num_prompt_tokens=table.num_prompt_tokens[chosen],
-        penalties=np.ascontiguousarray(table.penalties[chosen].T),
+        penalties=penalties,
         num_tokens_max=int(num_tokens[rows].max()),
+        has_repetition=bool((penalties[0] != 1).any()),
+        has_others=bool(penalties[1:].any()),
     )
 
 

@@ -10,11 +10,15 @@ from backends.model_runner.sampler.device_draw_plan import DeviceDrawPlan, Devic
 from backends.model_runner.sampler.draw_plan import PenaltyRows, RandomRows
 from backends.model_runner.sampler.gumbel_noise import exponential_noise, token_hashes
 from backends.model_runner.sampler.logit_edits import apply_edits
-from backends.model_runner.sampler.penalties import apply_penalties
+from backends.model_runner.sampler.penalties import penalise_output, penalise_repetition
 
 _NUM_CELLS_MAX_CPU = 1 << 18
 _NUM_CELLS_MAX = 1 << 25
 """Logits that are worked on at a time: what fits a core's cache, or keeps a device busy in a bounded room."""
+
+
+_NUM_TOKENS_PENALISED_MAX = 1 << 23
+"""Of all sequences' tokens, so many are looked at at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +121,16 @@ class Sampler:
     def _penalise(
         self, logits: torch.Tensor, rows: DevicePenaltyRows, host: PenaltyRows, token_table: torch.Tensor
     ) -> None:
-        num_rows_max = self._num_rows_max
+        num_rows_max = max(1, _NUM_TOKENS_PENALISED_MAX // host.num_tokens_max)
         for start in range(0, host.rows.size, num_rows_max):
             part = slice(start, start + num_rows_max)
-            token_ids = token_table[rows.table_rows[part], : host.num_tokens_max].to(torch.int64)
-            penalised = apply_penalties(
-                logits.index_select(0, rows.rows[part]),
-                token_ids,
-                rows.num_tokens[part],
-                rows.num_prompt_tokens[part],
-                rows.penalties[:, part],
-            )
-            logits.index_copy_(0, rows.rows[part], penalised)
+            logit_rows, num_tokens = rows.rows[part], rows.num_tokens[part]
+            token_ids = token_table[:, : host.num_tokens_max].index_select(0, rows.table_rows[part]).to(torch.int64)
+            repetition, others = rows.penalties[0, part], rows.penalties[1:, part]
+            if host.has_repetition:
+                penalise_repetition(logits, logit_rows, token_ids, num_tokens, repetition)
+            if host.has_others:
+                penalise_output(logits, logit_rows, token_ids, num_tokens, rows.num_prompt_tokens[part], others)
 
     def _draw_random(self, logits: torch.Tensor, rows: DeviceRandomRows, host: RandomRows) -> torch.Tensor:
         """[num_random] int64, part by part; no part has rows of two kinds of cut-off."""

@@ -6,6 +6,7 @@ import io
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from both_drivers import STEP_NS, Cluster, instance, read, request
@@ -15,7 +16,7 @@ from backends.executor_settings import ExecutorSettings
 from backends.null.executor import NullExecutor, made_up_token_id
 from sagellm.core.config import ControlPlaneConfig, Role
 from sagellm.core.identity import InstanceId, RequestId
-from sagellm.core.messages import Effect, EmitTokens, Event, RequestArrived, RequestFinished, RunStep
+from sagellm.core.messages import Effect, EmitTokens, Event, KVReserved, RequestArrived, RequestFinished, RunStep
 from sagellm.core.request import FinishReason, RequestSpec
 from sagellm.core.sampling import SamplingParameters
 from sagellm.core.step_executor import StepExecutor, StepOutcome
@@ -27,7 +28,7 @@ from sagellm.server.live.instance_driver import DriverOptions
 from sagellm.server.live.instance_host import StartError
 from sagellm.server.live.live_log import LiveLog
 from sagellm.server.live.threaded_instances import ExecutorFactory, ThreadedInstances
-from sagellm.server.live.wire import PeerMessage, TransferAnswer
+from sagellm.server.live.wire import PeerMessage, ToInstance, TransferAnswer
 
 Scenario = Callable[[LiveEngine], Awaitable[None]]
 
@@ -99,6 +100,37 @@ class DyingExecutor(NullExecutor):
             super().launch(step)
         elif self.num_left == 0:
             self._on_dead("an illegal memory access was met")
+
+
+class Restarted(ThreadedInstances):
+    """Keeps what it is told to say to instances that are gone, as a host does that has started another one."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.said: list[InstanceId] = []
+
+    def send(self, instance_id: InstanceId, message: ToInstance) -> None:
+        if instance_id in self._gone:
+            self.said.append(instance_id)
+        super().send(instance_id, message)
+
+
+def test_nothing_is_said_to_an_instance_between_its_loss_and_its_return() -> None:
+    """What peers that have not heard yet say to it is for the one that was lost."""
+
+    async def scenario(engine: LiveEngine) -> None:
+        host = engine._host
+        assert isinstance(host, Restarted)
+        stream = engine.submit(request("r", 20, 20))
+        host.kill(InstanceId("d"))
+        while not engine.snapshots()[1].is_lost:
+            await asyncio.sleep(0)
+        engine._post(InstanceId("d"), KVReserved(InstanceId("d"), RequestId("x"), InstanceId("p"), 1, 0, ()))
+        assert (await read(stream))[1].reason is FinishReason.LENGTH
+        assert not host.said
+
+    cluster = Cluster((instance("p", Role.PREFILL), instance("d", Role.DECODE)))
+    serve(cluster, scenario, host_type=Restarted)
 
 
 def test_a_device_that_dies_takes_its_instance_and_no_request_with_it() -> None:

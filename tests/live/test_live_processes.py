@@ -93,12 +93,18 @@ async def read_some(engine: LiveEngine, spec: RequestSpec, num_tokens: int, then
     return token_ids
 
 
+async def lost(engine: LiveEngine, index: int) -> None:
+    """The front hears of it; all requests may be over by then."""
+    while not engine.snapshots()[index].is_lost:
+        await asyncio.sleep(0.005)
+
+
 @pytest.mark.parametrize(
     ("roles", "killed", "num_tokens"),
     [
-        ((Role.MIXED, Role.MIXED), 0, 300),
+        ((Role.MIXED, Role.MIXED), 0, 60),
         ((Role.PREFILL, Role.DECODE), 0, 1),
-        ((Role.PREFILL, Role.DECODE), 1, 200),
+        ((Role.PREFILL, Role.DECODE), 1, 60),
     ],
 )
 def test_a_killed_instance_costs_no_token_and_repeats_none(
@@ -107,7 +113,7 @@ def test_a_killed_instance_costs_no_token_and_repeats_none(
     """F1, F2, F4, F5."""
     config = ControlPlaneConfig(handover_start=HandoverStart.STREAMED)
     cluster = Cluster(tuple(big(f"i{index}", role) for index, role in enumerate(roles)), config)
-    specs = [request(name, 200 + name, 600, first_id=1000 * name) for name in range(6)]
+    specs = [request(name, 200 + name, 250, first_id=1000 * name) for name in range(6)]
 
     async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
         victim = process_ids(host)[InstanceId(f"i{killed}")]
@@ -117,6 +123,7 @@ def test_a_killed_instance_costs_no_token_and_repeats_none(
         for spec, (got, outcome) in zip(specs[1:], await asyncio.gather(*others), strict=True):
             assert outcome == RequestOutcome(FinishReason.LENGTH)
             assert got == expected(spec)
+        await lost(engine, killed)
         assert [each.is_lost for each in engine.snapshots()] == [index == killed for index in range(len(roles))]
         assert engine.is_alive
 
@@ -125,10 +132,6 @@ def test_a_killed_instance_costs_no_token_and_repeats_none(
 
 def test_lost_instances_are_started_again_and_serve_as_before() -> None:
     cluster = Cluster((big("p", Role.PREFILL), big("d", Role.DECODE)))
-
-    async def back(engine: LiveEngine) -> None:
-        while any(each.is_lost for each in engine.snapshots()):
-            await asyncio.sleep(0.01)
 
     async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
         for victim in (InstanceId("d"), InstanceId("p")):
@@ -139,7 +142,8 @@ def test_lost_instances_are_started_again_and_serve_as_before() -> None:
             assert token_ids == expected(specs[0])
             for spec, (got, outcome) in zip(specs[1:], await asyncio.gather(*others), strict=True):
                 assert (got, outcome) == (expected(spec), RequestOutcome(FinishReason.LENGTH))
-            await back(engine)
+            while process_ids(host) == before or any(each.is_lost for each in engine.snapshots()):
+                await asyncio.sleep(0.01)
             after = process_ids(host)
             assert {name for name in before if before[name] != after[name]} == {victim}
         # Those that came back know each other: KV goes from the new one to the new one.
@@ -230,10 +234,10 @@ def test_words_to_an_instance_that_has_just_died_hold_nobody_up() -> None:
 def test_an_instance_that_hangs_is_ended() -> None:
     async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
         victim = process_ids(host)[InstanceId("a")]
-        spec = request("r", 20, 400)
+        spec = request("r", 20, 150)
         token_ids = await read_some(engine, spec, 10, lambda: os.kill(victim, signal.SIGSTOP))
         assert token_ids == expected(spec)
-        assert engine.snapshots()[0].is_lost
+        await lost(engine, 0)
 
     serve(Cluster((big("a"), big("b"))), scenario, silence_s_max=2.0)
 
@@ -242,11 +246,11 @@ def test_a_device_that_is_reported_dead_takes_its_process_along() -> None:
     """F26: the process need not manage to leave by itself."""
 
     async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
-        spec = request("r", 20, 400)
+        spec = request("r", 20, 150)
         process = host._processes[InstanceId("a")]
         died = InstanceDied(InstanceId("a"), "an illegal memory access was met")
         assert await read_some(engine, spec, 10, lambda: host._heard(process, died)) == expected(spec)
-        assert engine.snapshots()[0].is_lost
+        await lost(engine, 0)
 
     serve(Cluster((big("a"), big("b"))), scenario)
 
@@ -296,7 +300,7 @@ def test_draining_takes_nothing_new_and_lets_end_what_runs() -> None:
     """F35, as far as the engine goes."""
 
     async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
-        running = [asyncio.ensure_future(read(engine.submit(request(name, 20, 300)))) for name in range(3)]
+        running = [asyncio.ensure_future(read(engine.submit(request(name, 20, 100)))) for name in range(3)]
         draining = asyncio.ensure_future(engine.drain(30))
         await asyncio.sleep(0)
         assert engine.is_draining
@@ -305,7 +309,7 @@ def test_draining_takes_nothing_new_and_lets_end_what_runs() -> None:
         await draining
         for token_ids, outcome in await asyncio.gather(*running):
             assert outcome == RequestOutcome(FinishReason.LENGTH)
-            assert len(token_ids) == 300
+            assert len(token_ids) == 100
 
     serve(Cluster((big("a"),)), scenario)
 
@@ -327,7 +331,7 @@ def test_many_requests_in_a_row_leave_nothing() -> None:
     cluster = Cluster((instance("p", Role.PREFILL, 64), instance("d", Role.DECODE, 64)))
 
     async def scenario(engine: LiveEngine, host: InstanceProcesses) -> None:
-        for name in range(60):
+        for name in range(25):
             spec = request(name, 30, 6, first_id=name)
             assert await read(engine.submit(spec)) == (expected(spec), RequestOutcome(FinishReason.LENGTH))
 

@@ -213,7 +213,9 @@ class LiveEngine:
             self._num_turns += 1
         outbox, self._outbox = self._outbox, {}
         for instance_id, messages in outbox.items():
-            self._host.send(instance_id, Deliver(tuple(messages)))
+            # One that is started again must not hear what was meant for the one before it.
+            if not self._instances[instance_id].is_lost:
+                self._host.send(instance_id, Deliver(tuple(messages)))
 
     @contextmanager
     def _faults_end_all(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Tries attention kernels and their tiles, products and the drawing of tokens at shapes of Qwen2.5-7B, in bfloat16.
 
-    python -m benchmarks.h200.tune_attention OUT.json [--limit-s 150] [--group decode prefill linear few-rows sampling]
+    python -m benchmarks.h200.tune_attention OUT.json [--group decode|prefill|linear|sampling ...] [--limit-s 120]
 
 Every variant is compiled in processes at the same time, then timed alone: the median of CUDA graph replays on
 rotating buffers larger than the L2 cache. For each case the table has the variants from the fastest on. What the
@@ -23,7 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backends.cuda import operator_kernels
 from backends.cuda.kernels.decode_attention import decode_attention
-from backends.cuda.kernels.few_rows_linear import LinearShape, few_rows_linear
 from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.sampling import draw_tokens
 from backends.cuda.kernels.tile_shapes import TileShape
@@ -242,53 +241,6 @@ def product_then_bias(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor)
     return functional.linear(x, weight).add_(bias)
 
 
-FEW_ROWS_SHAPES = ((64, 128, 4, 4), (64, 64, 4, 6), (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3), (32, 128, 4, 5))
-
-
-def few_rows_variants() -> Iterator[Variant]:
-    qkv = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
-    for name, inputs, outputs, has_bias in (
-        ("qkv", HIDDEN, qkv, True),
-        ("o", HIDDEN, HIDDEN, False),
-        ("gate up", HIDDEN, 2 * INTERMEDIATE, False),
-        ("down", INTERMEDIATE, HIDDEN, False),
-    ):
-        for tokens in (1, 32, 64, 128, 256):
-            case = f"{name}, {tokens} tokens"
-            yield product(case, "linear", tokens, inputs, outputs, has_bias, functional.linear, True)
-            for weight_rows, columns, num_warps, num_stages in FEW_ROWS_SHAPES:
-                num_tiles = outputs // weight_rows
-                for num_parts in sorted({max(1, round(132 * count / num_tiles)) for count in (1, 2, 3)}):
-                    shape = LinearShape(weight_rows, columns, num_parts, num_warps, num_stages)
-                    title = f"{num_parts:3} parts, {weight_rows}x{columns}, {num_warps} warps, {num_stages} stages"
-                    call = few_rows_call(shape)
-                    yield product(case, title, tokens, inputs, outputs, has_bias, call, False)
-
-
-def few_rows_call(shape: LinearShape) -> Callable[..., object]:
-    return lambda x, weight, bias: few_rows_linear(x, weight, bias, shape)
-
-
-def product(
-    case: str,
-    name: str,
-    tokens: int,
-    inputs: int,
-    outputs: int,
-    has_bias: bool,
-    call: Callable[..., object],
-    is_current: bool,
-) -> Variant:
-    num_bytes, num_flops = 2 * (inputs * outputs + tokens * (inputs + outputs)), 2 * tokens * inputs * outputs
-
-    def runs(num_buffers: int) -> list[Callable[[], object]]:
-        bias = random(outputs) if has_bias else None
-        buffers = [(random(tokens, inputs), random(outputs, inputs)) for _ in range(num_buffers)]
-        return [lambda b=buffer: call(*b, bias) for buffer in buffers]
-
-    return Variant("few-rows", case, name, num_bytes, num_flops, runs, is_current)
-
-
 # Drawing of tokens
 
 
@@ -333,7 +285,6 @@ GROUPS = {
     "decode": decode_variants,
     "prefill": prefill_variants,
     "linear": linear_variants,
-    "few-rows": few_rows_variants,
     "sampling": sampling_variants,
 }
 
@@ -343,8 +294,7 @@ def compile_variants(group: str, first: int) -> None:
     seen = set()
     for variant in GROUPS[group]():
         # A tile's kernels are the same for all cases of a group.
-        rows = variant.case.split(", ")[-1] if group == "few-rows" else ""
-        kernel = (variant.name.split("parts")[-1], variant.name.startswith("  1 parts"), rows)
+        kernel = (variant.name.split("parts")[-1], variant.name.startswith("  1 parts"))
         if kernel in seen:
             continue
         seen.add(kernel)

@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from random import Random
 from typing import assert_never
 
@@ -28,7 +27,6 @@ from sagellm.core.messages import (
     EmitTokens,
     HandoverFailed,
     HandoverFinished,
-    InstanceJoined,
     InstanceLost,
     KVReserved,
     MessageToInstance,
@@ -43,10 +41,11 @@ from sagellm.core.messages import (
     SourceLost,
 )
 from sagellm.core.request import FinishReason, RequestSpec
-from sagellm.server.engine import EngineObserver, InstanceSnapshot, InstanceStatus, Refusal, RequestOutcome
+from sagellm.server.engine import EngineObserver, InstanceSnapshot, Refusal, RequestOutcome
 from sagellm.server.live.clock import LiveClock
-from sagellm.server.live.deployment import DeployedInstance, Deployment
+from sagellm.server.live.deployment import Deployment
 from sagellm.server.live.instance_host import HostListener, InstanceHost
+from sagellm.server.live.instance_record import first_status, joined, new_record, snapshot
 from sagellm.server.live.live_log import LiveLog, LogLines
 from sagellm.server.live.request_stream import RequestStream
 from sagellm.server.live.wire import Deliver, FromInstance, OutgoingEffect, PeerBack, PeerLost, Turn
@@ -55,14 +54,6 @@ _LOG = logging.getLogger(__name__)
 
 ABORT_S = 5.0
 """How long aborted requests may take to end before the instances are stopped all the same."""
-
-
-@dataclass(slots=True)
-class _InstanceRecord:
-    deployed: DeployedInstance
-    status: InstanceStatus
-    is_lost: bool = False
-    incarnation: int = 0  # how often it was lost before
 
 
 class LiveEngine:
@@ -83,7 +74,7 @@ class LiveEngine:
         self._lines = LogLines(CONTROL_PLANE)
         self._clock = LiveClock()
         self._control_plane = ControlPlane(deployment.control_plane, Random(seed))
-        self._instances = {each.instance_id: _record(each) for each in deployment.instances}
+        self._instances = {each.instance_id: new_record(each) for each in deployment.instances}
         self._streams: dict[RequestId, RequestStream] = {}
         self._told: dict[InstanceId, dict[RequestId, None]] = {each: {} for each in self._instances}
         self._inbox: list[ControlPlaneEvent] = []
@@ -104,7 +95,7 @@ class LiveEngine:
         self._is_started = True
         for record in self._instances.values():
             if not record.is_lost:
-                self._hand_in(_joined(record.deployed))
+                self._hand_in(joined(record.deployed))
 
     async def drain(self, grace_s: float) -> None:
         """See `Engine`."""
@@ -156,7 +147,7 @@ class LiveEngine:
 
     def snapshots(self) -> tuple[InstanceSnapshot, ...]:
         """See `Engine`."""
-        return tuple(_snapshot(record) for record in self._instances.values())
+        return tuple(snapshot(record) for record in self._instances.values())
 
     # --- requests ----------------------------------------------------------------------------------------
 
@@ -364,7 +355,7 @@ class LiveEngine:
         """A lost instance runs again, with nothing in it; it hears which of its peers were lost before, too."""
         record = self._instances[instance_id]
         record.is_lost, record.incarnation = False, incarnation
-        record.status = _first_status(instance_id)
+        record.status = first_status(instance_id)
         _LOG.warning("%s is back", instance_id)
         for other_id, other in self._instances.items():
             if other_id != instance_id and not other.is_lost:
@@ -372,33 +363,4 @@ class LiveEngine:
                 if other.incarnation:
                     self._host.send(instance_id, PeerBack(other_id, other.incarnation))
         if self._is_started:
-            self._hand_in(_joined(record.deployed))
-
-
-def _record(deployed: DeployedInstance) -> _InstanceRecord:
-    return _InstanceRecord(deployed, _first_status(deployed.instance_id))
-
-
-def _first_status(instance_id: InstanceId) -> InstanceStatus:
-    return InstanceStatus(instance_id, *[0] * 10)
-
-
-def _joined(deployed: DeployedInstance) -> InstanceJoined:
-    config = deployed.settings.instance
-    return InstanceJoined(
-        config.instance_id, config.role, config.num_token_slots, config.max_num_seqs, config.max_num_batched_tokens
-    )
-
-
-def _snapshot(record: _InstanceRecord) -> InstanceSnapshot:
-    config = record.deployed.settings.instance
-    return InstanceSnapshot(
-        instance_id=config.instance_id,
-        role=config.role,
-        device=record.deployed.device,
-        num_blocks=config.num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        is_lost=record.is_lost,
-        status=record.status,
-    )
+            self._hand_in(joined(record.deployed))

@@ -5,7 +5,6 @@ Run as ``python -m sagellm.server.live.instance_process``.
 """
 
 import ctypes
-import logging
 import math
 import os
 import select
@@ -24,7 +23,6 @@ from sagellm.core.identity import InstanceId
 from sagellm.server.live.instance_driver import DriverOptions, InstanceDriver
 from sagellm.server.live.wire import FromInstance, InstanceDied, PeerMessage, Started, StartFailed, ToInstance
 
-_LOG = logging.getLogger(__name__)
 _LENGTH = struct.Struct("<I")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LINGER_MS = 5_000
@@ -158,10 +156,11 @@ def run(settings: ProcessSettings) -> int:
             driver.turn()
     except Exception as error:
         # A fault of ours: the front goes on without this instance, and is told why.
-        _LOG.exception("%s broke down", instance_id)
         sockets.to_front(InstanceDied(instance_id, f"{type(error).__name__}: {error}"))
-    sockets.close()
-    driver.close()
+        raise
+    finally:
+        sockets.close()
+        driver.close()
     return 0
 
 

@@ -141,7 +141,7 @@ def _silu_that_overwrites(x: torch.Tensor) -> torch.Tensor:
         ("rotary", _rotary_of_neighbours),
         ("silu_multiply", _silu_that_overwrites),
     ],
-    ids=str,
+    ids=["no window", "no causality", "one key more", "low precision", "neighbours", "overwrites"],
 )
 def test_a_faulty_operator_is_found(operator: str, faulty: Callable[..., Any]) -> None:
     subject = _subject_with(operator, faulty)

@@ -41,5 +41,5 @@ def test_a_whole_replay_is_timed_and_counted(tmp_path: Path) -> None:
     assert result.num_requests == 3
     assert result.num_forward_passes > result.num_requests
     assert result.requests_per_s == pytest.approx(3 / result.median_wall_s)
-    assert 10 < result.peak_rss_mib < 1000
+    assert result.peak_rss_mib > 20  # no bound above: a child counts what its parent had when it was forked
     assert result.median_cpu_s > 0

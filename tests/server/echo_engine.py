@@ -47,7 +47,7 @@ class EchoEngine:
         if len(self.running) >= self.queue_max:
             return self._reject(f"the queue is full ({self.queue_max} requests)")
         self.running[request.request_id] = asyncio.Event()
-        return self._serve(request)
+        return self._serve(request, self.breaks_after)
 
     def cancel(self, request_id: RequestId, reason: FinishReason = FinishReason.ABORT) -> None:
         stop = self.running.pop(request_id, None)
@@ -66,10 +66,11 @@ class EchoEngine:
     async def _reject(self, reason: str) -> AsyncIterator[OutputDelta | RequestOutcome]:
         yield RequestOutcome(None, reason, Refusal.QUEUE_FULL)
 
-    async def _serve(self, request: RequestSpec) -> AsyncIterator[OutputDelta | RequestOutcome]:
+    async def _serve(
+        self, request: RequestSpec, breaks_after: int | None
+    ) -> AsyncIterator[OutputDelta | RequestOutcome]:
         stop, prompt = self.running[request.request_id], request.prompt_token_ids
         assert prompt is not None
-        breaks_after = self.breaks_after  # as it was when the request came
         num_output, outcome = 0, RequestOutcome(FinishReason.LENGTH)
         while num_output < request.max_output_tokens:
             if self.ends_after is not None and num_output >= self.ends_after:

@@ -327,7 +327,8 @@ def test_an_error_that_nobody_expected_ends_its_request_only(num_tokens: int, nu
         engine = EchoEngine(pause_s=0.01)
         async with running_app(engine) as client:
             others = asyncio.ensure_future(client.post("/v1/completions", {"prompt": "ab", "max_tokens": 30}))
-            await asyncio.sleep(0.05)
+            while not engine.running:
+                await asyncio.sleep(0.001)
             engine.breaks_after = num_tokens
             body = {"prompt": "ab", "max_tokens": 9, "stream": True, "n": num_choices}
             async with client.session.post(client.url + "/v1/completions", json=body) as response:

@@ -63,9 +63,10 @@ def lowered(
     device: torch.device,
     num_positions: int,
     communicator: Communicator | None = None,
+    kernels: KernelRegistry | None = None,
 ) -> GraphProgram:
-    """A program of the backend's kernels."""
-    kernels = KernelRegistry()
+    """A program of the backend's kernels, which ``kernels``, an empty registry, may give back otherwise."""
+    kernels = kernels or KernelRegistry()
     backend.register_operators(kernels)
     return lower(
         graph,
@@ -109,6 +110,16 @@ def make_inputs(step: Step, vocab_size: int, device: torch.device) -> StepInputs
         query_len_max=step.query_len,
         context_len_max=step.context_len,
     )
+
+
+def greedy_drawing(backend: HardwareBackend, num_rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What draws the most likely tokens of that many rows of logits: the backend's kernel where it has one."""
+    draw_tokens = backend.token_drawing()
+    if draw_tokens is None:
+        return lambda logits: logits.argmax(-1)
+    places = torch.zeros(2, num_rows, dtype=torch.int64, device=backend.torch_device(0))
+    temperature = torch.zeros(num_rows, device=backend.torch_device(0))
+    return lambda logits: draw_tokens(logits, temperature, places[0], places[1])[0]
 
 
 def replayed_ms(

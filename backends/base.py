@@ -206,6 +206,13 @@ class HardwareBackend(ABC):
     def register_operators(self, registry: "KernelRegistry") -> None:
         """Add the operator kernels of its own, under its name; the reference runs all others."""
 
+    def unknown_to_kernels(self, head_dim: int, num_heads_each: int) -> tuple[str, ...]:
+        """Operators that its own kernels cannot compute for such heads, ``num_heads_each`` to a key-value head.
+
+        The reference runs those of a model that has them.
+        """
+        return ()
+
     def token_drawing(self) -> "DrawTokens | None":
         """A kernel that draws tokens; None where torch's operators do it."""
         return None

@@ -1,14 +1,22 @@
 """The CUDA backend: NVIDIA GPUs through torch, with operators in Triton."""
 
+import logging
+
 import torch
 
 from backends.base import DrawTokens, HardwareBackend
-from backends.cuda.operator_kernels import register_kernels, triton_is_installed
+from backends.cuda.operator_kernels import (
+    register_kernels,
+    triton_is_installed,
+    unknown_to_kernels,
+    why_no_kernels,
+)
 from backends.device_info import BackendCapabilities, KVLayout
 from backends.errors import BackendUnavailableError
 from backends.operators.registry import KernelRegistry
 from backends.torch_device.accelerator_backend import AcceleratorBackend, TorchAccelerator
 
+_LOG = logging.getLogger(__name__)
 _CUDA = TorchAccelerator(
     backend_name="cuda",
     device_type="cuda",
@@ -63,11 +71,19 @@ class CudaBackend(AcceleratorBackend):
         )
 
     def token_drawing(self) -> DrawTokens | None:
-        if not self.capabilities().grid_kernels:
+        if why_no_kernels(self.current_device()):
             return None
         from backends.cuda.kernels.sampling import draw_tokens
 
         return draw_tokens
 
+    def unknown_to_kernels(self, head_dim: int, num_heads_each: int) -> tuple[str, ...]:
+        return unknown_to_kernels(head_dim, num_heads_each)
+
     def register_operators(self, registry: KernelRegistry) -> None:
-        register_kernels(registry, self.name, usable=self.capabilities().grid_kernels)
+        index = self.current_device()
+        if reason := why_no_kernels(index):
+            slower = "torch's operators, which are slower, run instead of kernels, and decode steps are not captured"
+            _LOG.warning("%s:%d: %s: %s", self.name, index, slower, reason)
+            return
+        register_kernels(registry, self.name)

@@ -4,27 +4,49 @@ This module needs no triton; what it registers imports it.
 """
 
 import importlib.util
-import warnings
+from functools import cache
 
 import torch
 
+from backends.cuda.kernels.tile_shapes import fit_tiles
 from backends.operators import reference
 from backends.operators.registry import KernelRegistry
 from backends.step_inputs import StepInputs
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_COMPUTE_CAPABILITY_MIN = (8, 0)  # that Triton compiles for
 
 
 def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def register_kernels(registry: KernelRegistry, backend: str, *, usable: bool) -> None:
-    """Register the Triton kernels; without them ``usable`` is False, and a warning says what runs instead."""
-    if not usable:
-        why = "the device is older than compute capability 8.0" if triton_is_installed() else "triton is not installed"
-        warnings.warn(f"{why}: backend {backend!r} runs torch's operators instead of its own", stacklevel=2)
-        return
+@cache
+def why_no_kernels(device_index: int) -> str:
+    """What keeps Triton from running kernels on the device, which is tried once; empty where nothing does."""
+    if torch.cuda.get_device_capability(device_index) < _COMPUTE_CAPABILITY_MIN:
+        return "the device is older than compute capability 8.0"
+    if not triton_is_installed():
+        return "triton is not installed"
+    with torch.cuda.device(device_index):
+        x = torch.zeros(1, 2, device="cuda")
+        try:
+            silu_multiply(x)
+        except Exception as error:
+            # Triton wants a C compiler, Python's headers and an assembler, and misses each in a way of its own.
+            if "out of memory" in str(error):
+                raise
+            return f"triton cannot compile kernels ({(str(error).strip().splitlines() or [repr(error)])[0]})"
+    return ""
+
+
+def unknown_to_kernels(head_dim: int, num_heads_each: int) -> tuple[str, ...]:
+    """See `HardwareBackend.unknown_to_kernels`."""
+    return () if fit_tiles(head_dim, num_heads_each) else ("attention",)
+
+
+def register_kernels(registry: KernelRegistry, backend: str) -> None:
+    """Register the Triton kernels."""
     registry.register(backend, "rms_norm", rms_norm)
     registry.register(backend, "add_rms_norm", add_rms_norm)
     registry.register(backend, "head_rms_norm", head_rms_norm)
@@ -83,8 +105,6 @@ def rotary_kv_write(
     run = reference.rotary_kv_write
     if _is_known(query, key, value) and _turns_whole_heads(cos_sin, key_cache, value_cache):
         run = rotary_kv.rotary_kv_write
-    else:
-        _warn_of_reference("rotary_kv_write", query, key_cache)
     return run(query, key, value, positions, cos_sin, key_cache, value_cache, slot_mapping)
 
 
@@ -108,8 +128,6 @@ def head_norm_rotary_kv_write(
     known = _is_known(query, key, value, query_weight, key_weight)
     if known and _turns_whole_heads(cos_sin, key_cache, value_cache):
         run = rotary_kv.head_norm_rotary_kv_write
-    else:
-        _warn_of_reference("head_norm_rotary_kv_write", query, key_cache)
     return run(
         query,
         key,
@@ -136,12 +154,12 @@ def attention(
 ) -> torch.Tensor:
     from backends.cuda.kernels import paged_attention
 
-    fits = key_cache.shape[-1] <= paged_attention.HEAD_DIM_MAX
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    fits = fit_tiles(head_dim, query.shape[1] // head_dim // num_kv_heads)
     if fits and _is_known(query) and _rows_are_dense(key_cache, value_cache):
         return paged_attention.attention(
             query, key_cache, value_cache, inputs, scale=scale, sliding_window=sliding_window
         )
-    _warn_of_reference("attention", query, key_cache)
     return reference.attention(query, key_cache, value_cache, inputs, scale=scale, sliding_window=sliding_window)
 
 
@@ -158,12 +176,3 @@ def _turns_whole_heads(cos_sin: torch.Tensor, key_cache: torch.Tensor, value_cac
 
 def _rows_are_dense(*caches: torch.Tensor) -> bool:
     return all(cache.stride(-1) == 1 for cache in caches)
-
-
-def _warn_of_reference(operator: str, query: torch.Tensor, key_cache: torch.Tensor) -> None:
-    warnings.warn(
-        f"{operator} of {query.dtype} with head size {key_cache.shape[-1]} runs torch's operators: the CUDA kernel "
-        "does not know it",
-        RuntimeWarning,
-        stacklevel=3,
-    )

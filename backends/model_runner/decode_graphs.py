@@ -11,10 +11,10 @@ from typing import TextIO
 import torch
 
 from backends.base import HardwareBackend
-from backends.errors import BackendError
 from backends.model_runner.batch_sizes import captured_sizes, smallest_size
 from backends.model_runner.captured_inputs import CapturedInputs
 from backends.model_runner.count_progress import CountProgress
+from backends.model_runner.device_failures import is_of_device
 from backends.model_runner.kv_blocks import KVBlocks
 from backends.step_inputs import ModelProgram
 from backends.streams import DeviceGraph
@@ -83,11 +83,24 @@ class DecodeGraphs:
                 inputs.fill_up(size)
                 self._steps[size] = self._captured(size, inputs)
                 progress.advance()
-        except (RuntimeError, MemoryError, BackendError) as error:
-            self._warn(_first_line(error), sizes)
+        except Exception as error:  # a compiler's errors have nothing in common
+            if not is_of_device(error):
+                raise
+            self._warn(_first_line(error), next(size for size in reversed(sizes) if size not in self._steps))
+        if not self._steps:
+            self._inputs = None
         self._sizes = tuple(sorted(self._steps))
         self.memory_bytes = max(0, self._reserved_bytes() - begin_bytes)
         self.capture_s = progress.end(f", {self.memory_bytes / _GIB:.2f} GiB")
+
+    def give_up(self, reason: str) -> None:
+        """Let go of all that was captured; from now on steps are launched operator by operator. Says so, and why."""
+        num_seqs = max(self._steps, default=0)
+        self._steps.clear()
+        self._sizes, self._inputs, self.memory_bytes = (), None, 0
+        self._reserved_bytes()  # the allocator gives back what nobody holds any more
+        if num_seqs:
+            self._warn(reason, num_seqs)
 
     def step_for(self, num_seqs: int, context_len_max: int) -> CapturedStep | None:
         """The captured step that so many decodes fit into; None where they are to be launched one by one."""
@@ -114,8 +127,7 @@ class DecodeGraphs:
             logits = largest.logits[:size].copy_(logits)
         return logits, None if self._draw_tokens is None else self._draw_tokens(logits, *inputs.drawing(size))
 
-    def _warn(self, reason: str, sizes: tuple[int, ...]) -> None:
-        num_seqs = next(size for size in reversed(sizes) if size not in self._steps)
+    def _warn(self, reason: str, num_seqs: int) -> None:
         instead = f"filled up to {min(self._steps)}" if self._steps else "launched operator by operator"
         name = self._device_name()
         _LOG.warning("%s: decode steps of up to %d sequences are %s, not captured: %s", name, num_seqs, instead, reason)

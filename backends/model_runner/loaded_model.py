@@ -1,5 +1,6 @@
 """From an instance's settings to a program with its weights on the device."""
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from backends.operators.registry import KernelRegistry
 from backends.step_inputs import ModelProgram
 from backends.weights.checkpoint import Checkpoint, has_checkpoint
 from backends.weights.dummy import DummyWeights
-from backends.weights.load import load_weights
+from backends.weights.load import load_weights, weight_bytes
 from backends.weights.model_folder import model_folder
 from backends.weights.progress import progress_on
 from sagellm.models.known_models import load_model_config
@@ -24,6 +25,8 @@ from sagellm.runtime.execution_graph.builder import build_graph
 from sagellm.runtime.execution_graph.ir import ExecutionGraph
 from sagellm.runtime.execution_graph.passes.fusion import fuse
 
+_LOG = logging.getLogger(__name__)
+_GIB = 1 << 30
 _DTYPES = ("bfloat16", "float16", "float32")
 _LOAD_FORMATS = ("auto", "dummy", "safetensors")
 _WITHOUT_CHECKPOINT = "sagellm/"  # known models that are for random weights only
@@ -40,6 +43,8 @@ class LoadedModel:
     head_dim: int
     kv_dtype: torch.dtype
     num_positions: int  # the longest context that the program can take
+    # Attention's work follows the contexts. The reference's, captured, would always be that of the longest context.
+    is_worth_capturing: bool = True
 
 
 LoadModel = Callable[[ExecutorSettings, HardwareBackend], LoadedModel]
@@ -59,15 +64,60 @@ def load_model(settings: ExecutorSettings, backend: HardwareBackend) -> LoadedMo
     device = backend.torch_device(settings.device_indexes[0])
     _check_dtype(config, backend, settings.device_indexes[0])
     graph = fuse(build_graph(config))
-    kernels = KernelRegistry()
-    backend.register_operators(kernels)
+    _check_room(graph, settings, backend)
+    kernels = _kernels(config, settings, backend)
     num_positions = _num_positions(settings, config)
     weights = _weights(graph, settings, folder, device)
     program = lower(graph, weights, kernels=kernels, backend=backend.name, device=device, num_positions=num_positions)
     shape = config.shape
     return LoadedModel(
-        program, shape.num_layers, shape.num_kv_heads, shape.head_dim, getattr(torch, config.dtype), num_positions
+        program,
+        shape.num_layers,
+        shape.num_kv_heads,
+        shape.head_dim,
+        getattr(torch, config.dtype),
+        num_positions,
+        is_worth_capturing=kernels.has_own(backend.name, "attention"),
     )
+
+
+def free_bytes(backend: HardwareBackend, device_index: int) -> int:
+    """What tensors can still have: what the driver calls free, and what the allocator keeps for them."""
+    memory = backend.memory_info(device_index)
+    return memory.free_bytes + memory.reserved_bytes - memory.allocated_bytes
+
+
+def _check_room(graph: ExecutionGraph, settings: ExecutorSettings, backend: HardwareBackend) -> None:
+    """Before the first weight is read: a host that gives out memory it does not have would end the process."""
+    index = settings.device_indexes[0]
+    needed, free = weight_bytes(graph), free_bytes(backend, index)
+    if needed > free:
+        raise ExecutorError(
+            f"model: the weights of {settings.model} take {needed / _GIB:.1f} GiB, but {backend.name}:{index} has "
+            f"{free / _GIB:.1f} GiB free; give it a smaller model or a larger device, or end what else uses it"
+        )
+
+
+def _kernels(config: ModelConfig, settings: ExecutorSettings, backend: HardwareBackend) -> KernelRegistry:
+    """The backend's own kernels, but for those that do not know the model; where there are such, one line says so."""
+    kernels = KernelRegistry()
+    backend.register_operators(kernels)
+    shape = config.shape
+    unknown = [
+        operator
+        for operator in backend.unknown_to_kernels(shape.head_dim, shape.num_heads // shape.num_kv_heads)
+        if kernels.has_own(backend.name, operator)
+    ]
+    for operator in unknown:
+        kernels.leave_to_reference(backend.name, operator)
+    if unknown:
+        _LOG.warning(
+            "%s:%d: torch's operators, which are slower, run %s, and decode steps are not captured: "
+            "backend %r has no kernel for %d query heads of size %d to a key-value head",
+            backend.name, settings.device_indexes[0], ", ".join(unknown), backend.name,
+            shape.num_heads // shape.num_kv_heads, shape.head_dim,
+        )  # fmt: skip
+    return kernels
 
 
 def _weights_folder(settings: ExecutorSettings) -> Path | None:
@@ -106,7 +156,11 @@ def _config(settings: ExecutorSettings, folder: Path | None) -> ModelConfig:
 def _check_dtype(config: ModelConfig, backend: HardwareBackend, device_index: int) -> None:
     dtypes = backend.capabilities(device_index).dtypes
     if config.dtype not in dtypes:
-        raise ExecutorError(f"dtype: {config.dtype} does not run on {backend.name}, must be one of {', '.join(dtypes)}")
+        device = backend.get_device_info(device_index).name
+        raise ExecutorError(
+            f"dtype: {config.dtype} does not run on {backend.name}:{device_index} ({device}), "
+            f"must be one of {', '.join(dtypes)}; give it by --dtype"
+        )
 
 
 def _num_positions(settings: ExecutorSettings, config: ModelConfig) -> int:

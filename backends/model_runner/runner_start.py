@@ -2,18 +2,18 @@
 
 import sys
 
-import torch
-
 from backends.base import HardwareBackend
 from backends.executor_settings import ExecutorSettings
 from backends.model_runner.count_progress import CountProgress
+from backends.model_runner.device_failures import first_line, is_of_compiler, is_out_of_memory
 from backends.model_runner.executor_error import ExecutorError
 from backends.model_runner.kv_blocks import KVBlocks, kv_block_bytes
-from backends.model_runner.loaded_model import LoadedModel, LoadModel
+from backends.model_runner.loaded_model import LoadedModel, LoadModel, free_bytes
 from backends.model_runner.step_runner import StepMemory, StepRunner
 from backends.model_runner.warm_up import WarmUp, small_steps, steps_of_serving
 
 _GIB = 1 << 30
+_NUM_LARGE = 2  # of the lots of warming up, the first ones, which take most memory
 
 
 def started_runner(
@@ -33,10 +33,9 @@ def started_runner(
     _warm_up(settings, backend, model, kv, lots)
     # Another one than was warmed up, whose tables have grown as long as any request can be.
     runner = StepRunner(model, kv, backend, index)
-    if capabilities.graph_capture:
+    if capabilities.graph_capture and model.is_worth_capturing:
         runner.decode_graphs.capture(settings.instance.max_num_seqs, sys.stderr)
-        # Capturing gave back what the allocator had for large steps.
-        _warm_up(settings, backend, model, kv, lots[:1])
+        _refill(settings, backend, model, kv, runner, lots[:_NUM_LARGE])
     kv.clear()
     return runner, kv
 
@@ -49,7 +48,9 @@ def device_name(settings: ExecutorSettings) -> str:
 def _loaded(settings: ExecutorSettings, backend: HardwareBackend, load: LoadModel) -> LoadedModel:
     try:
         return load(settings, backend)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ExecutorError(
             f"model: the weights of {settings.model} do not fit into the memory of {device_name(settings)}, of which "
             f"{_free_gib(settings, backend):.1f} GiB are free; give it a smaller model or a larger device"
@@ -60,13 +61,16 @@ def _kv_memory(settings: ExecutorSettings, backend: HardwareBackend, model: Load
     instance, name = settings.instance, device_name(settings)
     shape = (model.num_layers, 2, instance.num_blocks, instance.block_size, model.num_kv_heads, model.head_dim)
     block_bytes = kv_block_bytes(shape, model.kv_dtype)
+    # One more than there are is for rows that only fill a batch up.
+    num_fitting = max(0, free_bytes(backend, settings.device_indexes[0]) // block_bytes - 1)
     needed_gib, free_gib = block_bytes * (instance.num_blocks + 1) / _GIB, _free_gib(settings, backend)
     refusal = ExecutorError(
-        f"num_blocks: KV memory of {instance.num_blocks} blocks of {block_bytes} bytes needs {needed_gib:.2f} GiB, "
-        f"but {name} has {free_gib:.2f} GiB free beside the weights; "
-        f"at most {max(0, int(free_gib * _GIB / block_bytes) - 1)} blocks fit"
+        f"kv_tokens: {instance.num_token_slots} tokens of KV ({instance.num_blocks} blocks of {block_bytes} bytes) "
+        f"need {needed_gib:.2f} GiB, but {name} has {free_gib:.2f} GiB free beside the weights; at most "
+        f"{num_fitting * instance.block_size} tokens fit, and steps need room, too: lower kv_tokens, or "
+        "memory_utilization where that is left out"
     )
-    if needed_gib > free_gib:
+    if instance.num_blocks > num_fitting:
         raise refusal
     try:
         return KVBlocks(backend, settings.device_indexes[0], shape, model.kv_dtype)
@@ -74,24 +78,72 @@ def _kv_memory(settings: ExecutorSettings, backend: HardwareBackend, model: Load
         raise refusal from error
 
 
+def _refill(
+    settings: ExecutorSettings,
+    backend: HardwareBackend,
+    model: LoadedModel,
+    kv: KVBlocks,
+    runner: StepRunner,
+    lots: tuple[WarmUp, ...],
+) -> None:
+    """Have the allocator hold what large steps need; capturing gave that back.
+
+    Where graphs leave too little for that, they go: the steps ran without them before.
+    """
+    try:
+        _run_all(lots, settings, backend, model, kv, None)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    else:
+        return
+    runner.decode_graphs.give_up(reason)
+    _warm_up(settings, backend, model, kv, lots)
+
+
 def _warm_up(
     settings: ExecutorSettings, backend: HardwareBackend, model: LoadedModel, kv: KVBlocks, lots: tuple[WarmUp, ...]
 ) -> None:
-    instance, index = settings.instance, settings.device_indexes[0]
+    instance = settings.instance
     progress = CountProgress(sys.stderr, f"{device_name(settings)} warm-up", sum(len(lot.plans) for lot in lots))
     try:
-        for lot in lots:
-            _run(lot, StepRunner(model, kv, backend, index), backend, settings, progress)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ExecutorError(
-            f"num_blocks: {instance.num_blocks} blocks of KV leave too little of {device_name(settings)} for a step "
-            f"of {instance.max_num_batched_tokens} tokens; lower num_blocks or max_num_batched_tokens"
-        ) from error
-    progress.end()
+        _run_all(lots, settings, backend, model, kv, progress)
+    except Exception as error:  # a compiler's errors have nothing in common
+        if is_out_of_memory(error):
+            raise ExecutorError(
+                f"kv_tokens: {instance.num_token_slots} tokens of KV leave too little of {device_name(settings)} for a "
+                f"step of {instance.max_num_batched_tokens} tokens and {instance.max_num_seqs} sequences; lower "
+                "kv_tokens (or memory_utilization, where that is left out), max_num_batched_tokens or max_num_seqs"
+            ) from error
+        if is_of_compiler(error):
+            raise ExecutorError(
+                f"a kernel cannot be compiled for {device_name(settings)} ({first_line(error)}); without triton, "
+                "torch's operators run instead, which are slower"
+            ) from error
+        raise
+    finally:
+        progress.end()
+
+
+def _run_all(
+    lots: tuple[WarmUp, ...],
+    settings: ExecutorSettings,
+    backend: HardwareBackend,
+    model: LoadedModel,
+    kv: KVBlocks,
+    progress: CountProgress | None,
+) -> None:
+    for lot in lots:
+        _run(lot, StepRunner(model, kv, backend, settings.device_indexes[0]), backend, settings, progress)
 
 
 def _run(
-    lot: WarmUp, runner: StepRunner, backend: HardwareBackend, settings: ExecutorSettings, progress: CountProgress
+    lot: WarmUp,
+    runner: StepRunner,
+    backend: HardwareBackend,
+    settings: ExecutorSettings,
+    progress: CountProgress | None,
 ) -> None:
     index = settings.device_indexes[0]
     memory = StepMemory(backend, index, settings.instance.max_num_seqs)
@@ -100,9 +152,9 @@ def _run(
     for plan in lot.plans:
         runner.run(plan, memory)
         backend.synchronize(index)
-        progress.advance()
+        if progress is not None:
+            progress.advance()
 
 
 def _free_gib(settings: ExecutorSettings, backend: HardwareBackend) -> float:
-    memory = backend.memory_info(settings.device_indexes[0])
-    return (memory.free_bytes + memory.reserved_bytes - memory.allocated_bytes) / _GIB
+    return free_bytes(backend, settings.device_indexes[0]) / _GIB

@@ -8,6 +8,7 @@ before it runs.
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 
 from backends.base import HardwareBackend
 from backends.executor_settings import ExecutorSettings
+from backends.model_runner.device_failures import first_line, is_of_device, is_out_of_memory
 from backends.model_runner.executor_error import ExecutorError
 from backends.model_runner.kv_blocks import KVBlocks
 from backends.model_runner.loaded_model import LoadModel, load_model
@@ -164,10 +166,12 @@ class TorchStepExecutor:
             event = self._backend.create_event(device_index=self._device_index)
             event.record()
             launched = _LaunchedStep(step, memory, tokens, event)
-        except (RuntimeError, MemoryError, ExecutorError) as error:
+        except Exception as error:  # a compiler's errors have nothing in common
+            if not (is_of_device(error) or isinstance(error, ExecutorError)):
+                raise
             if not self._survives(error):
                 return
-            launched = _LaunchedStep(step, memory, None, None, _one_line(error))
+            launched = _LaunchedStep(step, memory, None, None, first_line(error))
         if self._works_beside_host:
             self._launched.put(launched)
         else:
@@ -175,12 +179,14 @@ class TorchStepExecutor:
 
     def _survives(self, error: Exception) -> bool:
         """Whether the device still works after a step failed. It is asked, since an error of its own stays."""
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        if is_out_of_memory(error):
+            # What the step held up to there can only be given back once its frames do not hold it any more.
+            traceback.clear_frames(error.__traceback__)
             self._backend.release_cached_memory()
         try:
             self._backend.synchronize(self._device_index)
         except RuntimeError as sticky:
-            self._die(_one_line(sticky))
+            self._die(first_line(sticky))
             return False
         return True
 
@@ -192,7 +198,7 @@ class TorchStepExecutor:
                 self._backend.release_cached_memory()
                 kv.write(block_ids, host, self._copy_stream)
         except (RuntimeError, MemoryError) as error:
-            self._die(f"KV could not be written: {_one_line(error)}")
+            self._die(f"KV could not be written: {first_line(error)}")
 
     def _step_memory(self) -> StepMemory:
         try:
@@ -214,7 +220,7 @@ class TorchStepExecutor:
             try:
                 launched.event.synchronize()
             except RuntimeError as error:
-                self._die(_one_line(error))
+                self._die(first_line(error))
                 return
         outcome = _outcome(launched, time.monotonic_ns())
         self._spare_memory.put(launched.memory)
@@ -274,9 +280,3 @@ def _outcome(launched: _LaunchedStep, end_ns: int) -> StepOutcome:
         sampled_ids[place]: (entry,) for place, entry in tokens.token_logprobs().items()
     }
     return StepOutcome(event, logprobs)
-
-
-def _one_line(error: Exception) -> str:
-    """The first line that says something."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

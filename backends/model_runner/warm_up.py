@@ -49,7 +49,7 @@ def small_steps(instance: InstanceConfig, num_positions: int) -> tuple[WarmUp, .
 
 
 def steps_of_serving(instance: InstanceConfig, num_positions: int) -> tuple[WarmUp, ...]:
-    """What serving will meet: first the largest step, then all kinds of sampling, prompts and batches.
+    """What serving will meet: first the steps that take most memory, then all kinds of sampling, prompts and batches.
 
     Sizes double: kernels are chosen and compiled by magnitudes, by what divides a size, and by nothing else.
     """
@@ -66,7 +66,22 @@ def steps_of_serving(instance: InstanceConfig, num_positions: int) -> tuple[Warm
     ]
     contexts = _doubling(num_positions, spare=_NUM_STEPS_MIXED)
     mixed = [_mixed_steps(instance, context_len) for context_len in contexts] if num_seqs_max > 1 else []
-    return (largest, *drawing, *prompts, *mixed)
+    return (largest, _longest(instance, num_positions), *drawing, *prompts, *mixed)
+
+
+def _longest(instance: InstanceConfig, num_positions: int) -> WarmUp:
+    """The end of the longest prompt, in as large a chunk as there can be: some attention takes memory for both."""
+    prompt_len = max(1, num_positions - 1)
+    chunk_len = min(instance.max_num_batched_tokens, prompt_len)
+    request_id = RequestId("warm-up-longest")
+    block_ids = tuple(map(BlockId, range(-(-prompt_len // instance.block_size))))
+    plan = StepPlan(
+        decode_request_ids=(),
+        num_decode_context_tokens=0,
+        chunks=(TokenChunk(request_id, chunk_len, prompt_len - chunk_len, True),),
+        new_block_ids=((request_id, block_ids),),
+    )
+    return WarmUp((RequestSpec(request_id, 0, prompt_len, 1, sampling=GREEDY),), (plan,))
 
 
 def _num_seqs_max(instance: InstanceConfig) -> int:

@@ -51,6 +51,10 @@ class KernelRegistry:
             raise ValueError(f"operator: {operator} of backend {backend!r} has a kernel already")
         self._kernels[backend, operator] = Kernel(run, prepare)
 
+    def leave_to_reference(self, backend: str, operator: str) -> None:
+        """Let the reference run the operator, for a model that the backend's own kernel does not know."""
+        self._kernels.pop((backend, operator), None)
+
     def has_own(self, backend: str, operator: str) -> bool:
         """Whether the backend brought a kernel of its own."""
         return (backend, operator) in self._kernels

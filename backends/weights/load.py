@@ -28,10 +28,10 @@ def load_weights(
     has not the tensors of the model, or the device has no room for them.
     """
     supply.check({source.name: source for spec in graph.weights for source in spec.sources})
-    dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in graph.tensors if tensor.kind == "weight"}
+    dtypes = _dtypes(graph)
     loaded: dict[tuple[object, ...], torch.Tensor] = {}
     weights = {}
-    whole_bytes = sum(_num_bytes(spec, dtypes[spec.name]) for spec in graph.weights)
+    whole_bytes = weight_bytes(graph)
     progress.begin(whole_bytes)
     for spec in graph.weights:
         made_from = (spec.sources, spec.shape, dtypes[spec.name])
@@ -43,10 +43,23 @@ def load_weights(
                     f"{graph.model}: a rank's weights take {whole_bytes / 1e9:.1f} GB, for which {device} has no room"
                 ) from error
             loaded[made_from] = _fill(place, spec, supply, rank, graph.tp)
+            progress.advance(_num_bytes(spec, dtypes[spec.name]))
         weights[spec.name] = loaded[made_from]
-        progress.advance(_num_bytes(spec, dtypes[spec.name]))
     progress.end()
     return weights
+
+
+def weight_bytes(graph: ExecutionGraph) -> int:
+    """Memory that ``load_weights`` takes for one rank."""
+    dtypes = _dtypes(graph)
+    sizes = {
+        (spec.sources, spec.shape, dtypes[spec.name]): _num_bytes(spec, dtypes[spec.name]) for spec in graph.weights
+    }
+    return sum(sizes.values())
+
+
+def _dtypes(graph: ExecutionGraph) -> dict[str, torch.dtype]:
+    return {tensor.name: getattr(torch, tensor.dtype) for tensor in graph.tensors if tensor.kind == "weight"}
 
 
 def _place(spec: WeightSpec, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:

@@ -248,7 +248,7 @@ def test_what_cannot_start_says_why() -> None:
     toy: dict[str, object] = {"model": "sagellm/toy", "load_format": "dummy"}
     reason = refusal(**{**toy, "instance": too_many})
     assert reason.startswith(
-        "num_blocks: KV memory of 1000000000 blocks of 8192 bytes needs 7629.39 GiB, but cpu:0 has"
+        "kv_tokens: 16000000000 tokens of KV (1000000000 blocks of 8192 bytes) need 7629.39 GiB, but cpu:0 has"
     )
     assert "no such model" in refusal(model="no such model")
     assert "device_indexes: (0, 1), must be one device" in refusal(**{**toy, "device_indexes": (0, 1)})

@@ -7,8 +7,6 @@ from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.tile_shapes import decode_tile, num_decode_parts, prefill_tile
 from backends.step_inputs import StepInputs
 
-HEAD_DIM_MAX = 256
-
 
 def attention(
     query: torch.Tensor,

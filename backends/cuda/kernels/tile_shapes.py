@@ -8,6 +8,9 @@ _KEYS_PER_PART_MIN = 64
 # Several programs on each multiprocessor, so that their loads overlap.
 _PROGRAMS_PER_UNIT = 4
 _LONG_CONTEXT = 2048
+_HEAD_DIM_MAX = 256
+# A group's heads are rows of one tile, whose result a program of four warps holds in registers.
+_GROUP_COLUMNS_MAX = 64 * 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,11 @@ class TileShape:
     num_keys: int
     num_warps: int
     num_stages: int
+
+
+def fit_tiles(head_dim: int, group: int) -> bool:
+    """Whether there are tiles for such heads, ``group`` query heads to a key-value head."""
+    return head_dim <= _HEAD_DIM_MAX and power_of_two_from(group) * head_columns(head_dim) <= _GROUP_COLUMNS_MAX
 
 
 def prefill_tile(

@@ -5,6 +5,7 @@ This module needs no triton; what it registers imports it.
 
 import importlib.util
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from backends.cuda.kernels.tile_shapes import fit_tiles
 from backends.operators import reference
 from backends.operators.registry import KernelRegistry
 from backends.step_inputs import StepInputs
+
+if TYPE_CHECKING:
+    from backends.cuda.kernels.paged_attention import StepAttention
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _COMPUTE_CAPABILITY_MIN = (8, 0)  # that Triton compiles for
@@ -53,7 +57,7 @@ def register_kernels(registry: KernelRegistry, backend: str) -> None:
     registry.register(backend, "silu_multiply", silu_multiply)
     registry.register(backend, "rotary_kv_write", rotary_kv_write)
     registry.register(backend, "head_norm_rotary_kv_write", head_norm_rotary_kv_write)
-    registry.register(backend, "attention", attention)
+    registry.register(backend, "attention", attention, prepare_attention)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, epsilon: float) -> torch.Tensor:
@@ -143,11 +147,17 @@ def head_norm_rotary_kv_write(
     )
 
 
+def prepare_attention(inputs: StepInputs, *, block_size: int, sliding_window: int = 0) -> "StepAttention":
+    from backends.cuda.kernels import paged_attention
+
+    return paged_attention.prepare_attention(inputs, block_size=block_size, sliding_window=sliding_window)
+
+
 def attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    inputs: StepInputs,
+    inputs: "StepInputs | StepAttention",
     *,
     scale: float,
     sliding_window: int = 0,
@@ -160,7 +170,8 @@ def attention(
         return paged_attention.attention(
             query, key_cache, value_cache, inputs, scale=scale, sliding_window=sliding_window
         )
-    return reference.attention(query, key_cache, value_cache, inputs, scale=scale, sliding_window=sliding_window)
+    plain = inputs if isinstance(inputs, StepInputs) else inputs.inputs
+    return reference.attention(query, key_cache, value_cache, plain, scale=scale, sliding_window=sliding_window)
 
 
 def _is_known(*tensors: torch.Tensor) -> bool:

@@ -8,9 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
+from backends.cuda.kernels.kernel_launcher import KernelLauncher
+
 _COLUMNS = 1024
 
 
+@KernelLauncher
 @triton.jit
 def _silu_multiply(
     x,
@@ -36,6 +39,5 @@ def silu_multiply(x: torch.Tensor) -> torch.Tensor:
     num_rows, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     if num_rows:
-        grid = (num_rows, triton.cdiv(width, _COLUMNS))
-        _silu_multiply[grid](x, out, x.stride(0), width, COLUMNS=_COLUMNS)
+        _silu_multiply((num_rows, triton.cdiv(width, _COLUMNS), 1), (x, out, x.stride(0), width), (_COLUMNS,))
     return out

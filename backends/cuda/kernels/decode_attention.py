@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 
 from backends.cuda.kernels.attention_tile import attend_range
-from backends.cuda.kernels.tile_shapes import PARTS_MAX, TileShape, head_columns
+from backends.cuda.kernels.kernel_launcher import KernelLauncher
+from backends.cuda.kernels.tile_shapes import LOG2_E, PARTS_MAX, TileShape, head_columns
 
 
+@KernelLauncher
 @triton.jit(
     do_not_specialize=["num_parts", "table_row_stride"],
     do_not_specialize_on_alignment=["context_lens", "block_tables"],
@@ -74,6 +76,7 @@ def _decode_attention(
         tl.store(out + places, result.to(out.dtype.element_ty), mask=inside)
 
 
+@KernelLauncher
 @triton.jit(do_not_specialize=["num_parts"])
 def _join_parts(
     part_results,
@@ -139,42 +142,27 @@ def decode_attention(
         part_shape = (num_seqs, num_heads, num_parts)
         part_results = torch.empty((*part_shape, head_dim), dtype=torch.float32, device=query.device)
         part_scores = torch.empty(part_shape, dtype=torch.float32, device=query.device)
-    _decode_attention[num_seqs, num_kv_heads, num_parts](
-        query,
-        key_cache,
-        value_cache,
-        out,
-        part_results,
-        part_scores,
-        context_lens,
-        block_tables,
-        query.stride(0),
-        out.stride(0),
-        *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
-        block_tables.stride(0),
-        num_parts,
-        scale * 1.4426950408889634,  # log2(e)
-        GROUP=group,
-        ROWS=shape.num_rows,
-        KEYS=shape.num_keys,
-        IS_SPLIT=num_parts > 1,
-        BLOCK_SIZE=block_size,
-        HEAD_DIM=head_dim,
-        COLUMNS=head_columns(head_dim),
-        WINDOW=sliding_window,
+    tensors = (query, key_cache, value_cache, out, part_results, part_scores, context_lens, block_tables)
+    strides = (query.stride(0), out.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3])
+    _decode_attention(
+        (num_seqs, num_kv_heads, num_parts),
+        (*tensors, *strides, block_tables.stride(0), num_parts, scale * LOG2_E),
+        (
+            group,
+            shape.num_rows,
+            shape.num_keys,
+            num_parts > 1,
+            block_size,
+            head_dim,
+            head_columns(head_dim),
+            sliding_window,
+        ),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )
     if num_parts > 1:
-        _join_parts[num_seqs, num_heads](
-            part_results,
-            part_scores,
-            out,
-            out.stride(0),
-            num_parts,
-            PARTS_MAX=PARTS_MAX,
-            PARTS=16,
-            HEAD_DIM=head_dim,
-            COLUMNS=head_columns(head_dim),
+        _join_parts(
+            (num_seqs, num_heads, 1),
+            (part_results, part_scores, out, out.stride(0), num_parts),
+            (PARTS_MAX, 16, head_dim, head_columns(head_dim)),
         )

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from backends.cuda.kernels.kernel_launcher import KernelLauncher
+
 ROW_WIDTH_MAX = 65536  # a row is held in the registers of one program
 
 
@@ -19,6 +21,7 @@ def normed(wide, weight, mean_width, epsilon, dtype: tl.constexpr):
     return (rounded.to(tl.float32) * weight[None, :].to(tl.float32)).to(dtype)
 
 
+@KernelLauncher
 @triton.jit
 def _norm_rows(
     x,
@@ -47,6 +50,7 @@ def _norm_rows(
     tl.store(out + row * width + columns, tl.reshape(result, (COLUMNS,)), mask=inside)
 
 
+@KernelLauncher
 @triton.jit
 def _norm_heads(
     x,
@@ -93,17 +97,8 @@ def head_rms_norm(x: torch.Tensor, weight: torch.Tensor, *, epsilon: float) -> t
     num_rows, head_dim = x.shape[0], weight.shape[0]
     num_heads = x.shape[1] // head_dim
     if num_rows:
-        _norm_heads[(num_rows,)](
-            x,
-            weight,
-            out,
-            x.stride(0),
-            num_heads,
-            epsilon,
-            HEAD_DIM=head_dim,
-            HEADS=triton.next_power_of_2(num_heads),
-            COLUMNS=triton.next_power_of_2(head_dim),
-        )
+        constants = (head_dim, triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim))
+        _norm_heads((num_rows, 1, 1), (x, weight, out, x.stride(0), num_heads, epsilon), constants)
     return out
 
 
@@ -119,17 +114,11 @@ def _launch_rows(
     if num_rows == 0:
         return
     columns = triton.next_power_of_2(width)
-    _norm_rows[(num_rows,)](
-        x,
-        x if residual is None else residual,
-        weight,
-        out,
-        out if sums is None else sums,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        width,
-        epsilon,
-        ADDS=residual is not None,
-        COLUMNS=columns,
+    tensors = (x, x if residual is None else residual, weight, out, out if sums is None else sums)
+    strides = (x.stride(0), 0 if residual is None else residual.stride(0))
+    _norm_rows(
+        (num_rows, 1, 1),
+        (*tensors, *strides, width, epsilon),
+        (residual is not None, columns),
         num_warps=min(max(columns // 512, 1), 16),
     )

@@ -1,5 +1,8 @@
 """Paged attention of a whole batch: decodes by the one kernel, all others by the other."""
 
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 
 from backends.cuda.kernels.decode_attention import decode_attention
@@ -7,12 +10,45 @@ from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.tile_shapes import decode_tile, num_decode_parts, prefill_tile
 from backends.step_inputs import StepInputs
 
+HEAD_DIM_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StepAttention:
+    """What all layers of a step with the same window have in common."""
+
+    inputs: StepInputs
+    num_decodes: int
+    num_seqs: int
+    decode_context_len_max: int
+    decode_context_lens: torch.Tensor  # [num_decodes]
+    decode_block_tables: torch.Tensor  # [num_decodes, num_blocks_max]
+    prompt_query_starts: torch.Tensor  # [num_prompts + 1], rows of the whole step
+    prompt_context_lens: torch.Tensor  # [num_prompts]
+    prompt_block_tables: torch.Tensor  # [num_prompts, num_blocks_max]
+
+
+def prepare_attention(inputs: StepInputs, *, block_size: int, sliding_window: int = 0) -> StepAttention:
+    """Once for each step. ``block_size`` is not needed: the caches tell."""
+    num_decodes = inputs.num_decodes
+    return StepAttention(
+        inputs=inputs,
+        num_decodes=num_decodes,
+        num_seqs=inputs.context_lens.shape[0],
+        decode_context_len_max=min(inputs.context_len_max, sliding_window or inputs.context_len_max),
+        decode_context_lens=inputs.context_lens[:num_decodes],
+        decode_block_tables=inputs.block_tables[:num_decodes],
+        prompt_query_starts=inputs.query_starts[num_decodes:],
+        prompt_context_lens=inputs.context_lens[num_decodes:],
+        prompt_block_tables=inputs.block_tables[num_decodes:],
+    )
+
 
 def attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    inputs: StepInputs,
+    inputs: StepInputs | StepAttention,
     *,
     scale: float,
     sliding_window: int = 0,
@@ -21,42 +57,44 @@ def attention(
 
     Launches depend on sizes that the host knows, never on what is on the device.
     """
+    _, block_size, num_kv_heads, head_dim = key_cache.shape
+    if isinstance(inputs, StepInputs):
+        inputs = prepare_attention(inputs, block_size=block_size, sliding_window=sliding_window)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    num_kv_heads, head_dim = key_cache.shape[2:]
     heads = (head_dim, query.shape[1] // head_dim // num_kv_heads, query.element_size())
-    num_decodes, num_seqs = inputs.num_decodes, inputs.context_lens.shape[0]
+    num_decodes = inputs.num_decodes
     num_compute_units, holds_large_tiles = _device_limits(query.device)
     if num_decodes:
-        context_len_max = min(inputs.context_len_max, sliding_window or inputs.context_len_max)
         decode_attention(
             query,
             key_cache,
             value_cache,
             out,
-            inputs.context_lens[:num_decodes],
-            inputs.block_tables[:num_decodes],
-            num_decode_parts(num_decodes * num_kv_heads, context_len_max, num_compute_units),
+            inputs.decode_context_lens,
+            inputs.decode_block_tables,
+            num_decode_parts(num_decodes * num_kv_heads, inputs.decode_context_len_max, num_compute_units),
             decode_tile(*heads),
             scale=scale,
             sliding_window=sliding_window,
         )
-    if num_decodes < num_seqs:
+    if num_decodes < inputs.num_seqs:
         prefill_attention(
             query,
             key_cache,
             value_cache,
             out,
-            inputs.query_starts[num_decodes:],
-            inputs.context_lens[num_decodes:],
-            inputs.block_tables[num_decodes:],
+            inputs.prompt_query_starts,
+            inputs.prompt_context_lens,
+            inputs.prompt_block_tables,
             query.shape[0] - num_decodes,
-            prefill_tile(*heads, inputs.context_len_max, holds_large_tiles),
+            prefill_tile(*heads, inputs.inputs.context_len_max, holds_large_tiles),
             scale=scale,
             sliding_window=sliding_window,
         )
     return out
 
 
+@cache
 def _device_limits(device: torch.device) -> tuple[int, bool]:
     """Multiprocessors, and whether a program can have 165 KiB of shared memory. A CPU, which interprets, has least."""
     if device.type == "cpu":

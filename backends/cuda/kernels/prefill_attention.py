@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from backends.cuda.kernels.attention_tile import attend_range
-from backends.cuda.kernels.tile_shapes import TileShape, head_columns
+from backends.cuda.kernels.kernel_launcher import KernelLauncher
+from backends.cuda.kernels.tile_shapes import LOG2_E, TileShape, head_columns
 
 
 @triton.jit
@@ -30,6 +31,7 @@ def _sequence_of_tile(tile, query_starts, num_seqs, TOKENS: tl.constexpr):
     return low
 
 
+@KernelLauncher
 @triton.jit(
     do_not_specialize=["num_seqs", "table_row_stride"],
     do_not_specialize_on_alignment=["query_starts", "context_lens", "block_tables"],
@@ -111,30 +113,21 @@ def prefill_attention(
     _, block_size, num_kv_heads, head_dim = key_cache.shape
     group = query.shape[1] // head_dim // num_kv_heads
     tokens = shape.num_rows // group
-    grid = (num_rows // tokens + num_seqs, num_kv_heads)
-    _prefill_attention[grid](
-        query,
-        key_cache,
-        value_cache,
-        out,
-        query_starts,
-        context_lens,
-        block_tables,
-        num_seqs,
-        query.stride(0),
-        out.stride(0),
-        *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
-        block_tables.stride(0),
-        scale * 1.4426950408889634,  # log2(e)
-        GROUP=group,
-        TOKENS=tokens,
-        ROWS=shape.num_rows,
-        KEYS=shape.num_keys,
-        BLOCK_SIZE=block_size,
-        HEAD_DIM=head_dim,
-        COLUMNS=head_columns(head_dim),
-        WINDOW=sliding_window,
+    tensors = (query, key_cache, value_cache, out, query_starts, context_lens, block_tables)
+    strides = (query.stride(0), out.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3])
+    _prefill_attention(
+        (num_rows // tokens + num_seqs, num_kv_heads, 1),
+        (*tensors, num_seqs, *strides, block_tables.stride(0), scale * LOG2_E),
+        (
+            group,
+            tokens,
+            shape.num_rows,
+            shape.num_keys,
+            block_size,
+            head_dim,
+            head_columns(head_dim),
+            sliding_window,
+        ),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from backends.cuda.kernels.kernel_launcher import KernelLauncher
+
 
 @triton.jit
 def _turned_heads(
@@ -46,6 +48,7 @@ def _turned_heads(
     return turned_first.to(dtype), turned_second.to(dtype)
 
 
+@KernelLauncher
 @triton.jit(do_not_specialize_on_alignment=["positions", "slot_mapping"])
 def _rotary_kv_write(
     query, key, value, positions, cos_sin, query_weight, key_weight, slot_mapping, out, key_cache, value_cache,
@@ -160,7 +163,7 @@ def _launch(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_rows == 0:
         return out
-    _rotary_kv_write[(num_rows,)](
+    tensors = (
         query,
         key,
         value,
@@ -172,19 +175,15 @@ def _launch(
         out,
         key_cache,
         value_cache,
-        query.stride(0),
-        key.stride(0),
-        value.stride(0),
-        *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
-        num_heads,
-        num_kv_heads,
-        block_size,
-        0.0 if norms is None else norms.epsilon,
-        HEAD_DIM=head_dim,
-        HEADS=triton.next_power_of_2(num_heads),
-        KV_HEADS=triton.next_power_of_2(num_kv_heads),
-        COLUMNS=triton.next_power_of_2(head_dim // 2),
-        NORMS=norms is not None,
     )
+    strides = (query.stride(0), key.stride(0), value.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3])
+    constants = (
+        head_dim,
+        triton.next_power_of_2(num_heads),
+        triton.next_power_of_2(num_kv_heads),
+        triton.next_power_of_2(head_dim // 2),
+        norms is not None,
+    )
+    epsilon = 0.0 if norms is None else norms.epsilon
+    _rotary_kv_write((num_rows, 1, 1), (*tensors, *strides, num_heads, num_kv_heads, block_size, epsilon), constants)
     return out

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 _DOT_ROWS_MIN = 16  # of an operand of tl.dot, and the least of the dimension that it sums over
 PARTS_MAX = 128  # a power of two
+LOG2_E = 1.4426950408889634
 _KEYS_PER_PART_MIN = 64
 # Several programs on each multiprocessor, so that their loads overlap.
 _PROGRAMS_PER_UNIT = 4

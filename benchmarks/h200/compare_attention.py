@@ -41,6 +41,7 @@ from benchmarks.h200.measure_kernels import PEAK_BYTES_PER_S, PEAK_FLOPS_PER_S, 
 RELATIVE_ERROR_MAX = 1e-2
 CALLS = 16
 REPLAYS = 7
+CALLS_LIMIT_S = 0.2
 ANSWER_LIMIT_S = 60.0
 FLEX_CASES = ("prompt of 1024", "prompt of 8192")
 
@@ -164,15 +165,24 @@ def poison_free_memory(query: torch.Tensor) -> None:
 
 def timed_us(runs: list[Callable[[], object]]) -> tuple[float, bool]:
     """Microseconds of a call, and whether a graph of calls could be captured."""
+    runs[0]()
+    torch.cuda.synchronize()
+    started_s = time.perf_counter()
+    runs[0]()
+    torch.cuda.synchronize()
+    # A call can keep the host busy for tens of milliseconds (cuDNN may plan anew each time).
+    calls = max(2, min(CALLS, int(CALLS_LIMIT_S / (time.perf_counter() - started_s))))
+    if calls < CALLS:
+        runs = runs[:calls]
     try:
-        return graph_us(runs, calls=CALLS, replays=REPLAYS), True
+        return graph_us(runs, calls, REPLAYS), True
     except RuntimeError:
         torch.cuda.synchronize()
-    return launched_us(runs), False
+    return launched_us(runs, calls), False
 
 
-def launched_us(runs: list[Callable[[], object]]) -> float:
-    rounds = -(-CALLS // len(runs))
+def launched_us(runs: list[Callable[[], object]], calls: int) -> float:
+    rounds = -(-calls // len(runs))
     times_ms = []
     for _ in range(REPLAYS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

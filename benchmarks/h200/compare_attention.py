@@ -43,6 +43,12 @@ CALLS = 16
 REPLAYS = 7
 CALLS_LIMIT_S = 0.2
 ANSWER_LIMIT_S = 60.0
+FAMILIES: dict[str, Callable[[str], bool]] = {
+    "ours": lambda name: name == "ours",
+    "FlashInfer": lambda name: name.startswith("flashinfer"),
+    "torch, K and V gathered": lambda name: name.endswith(", gathered"),
+    "torch, K and V contiguous": lambda name: name.endswith(", contiguous"),
+}
 FLEX_CASES = ("prompt of 1024", "prompt of 8192")
 
 
@@ -221,13 +227,13 @@ class Measurer:
 
     def ask(self, task: Task) -> Row:
         connection = self._connection or self._start()
-        connection.send(task)
         try:
+            connection.send(task)
             if not connection.poll(ANSWER_LIMIT_S):
                 self.stop()
                 return failed_row(task.case, task.candidate, f"no answer within {ANSWER_LIMIT_S:.0f} s")
             answer: Answer = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.stop()
             return failed_row(task.case, task.candidate, "the measuring process died")
         if answer.device_is_lost:
@@ -349,36 +355,33 @@ def by_case(rows: list[Row]) -> list[list[Row]]:
 
 
 def markdown_tables(rows: list[Row]) -> list[str]:
-    """For each kind of batch a table of microseconds, a case per row, a candidate per column, the fastest in bold."""
+    """For each kind of batch, the fastest kernel of each family: microseconds, share of peak, and its name."""
     tables = []
     for group in dict.fromkeys(row.group for row in rows):
-        case_rows = by_case([row for row in rows if row.group == group])
-        candidates = [
-            candidate.name
-            for candidate in all_candidates()
-            if any(row.candidate == candidate.name and row.us is not None for of in case_rows for row in of)
-        ]
-        head = f"| {group} | {' | '.join(candidates)} | fastest: TB/s | TFLOP/s | of peak |"
-        tables.append(
-            "\n".join([head, "|---" * (len(candidates) + 4) + "|", *(markdown_row(of, candidates) for of in case_rows)])
-        )
+        head = f"| {group}, us and share of peak | {' | '.join(FAMILIES)} | fastest: TB/s | TFLOP/s |"
+        body = [markdown_row(of) for of in by_case([row for row in rows if row.group == group])]
+        tables.append("\n".join([head, "|---" * (len(FAMILIES) + 3) + "|", *body]))
     return tables
 
 
-def markdown_row(rows: list[Row], candidates: list[str]) -> str:
-    found = {row.candidate: row for row in rows if row.us is not None}
-    best = min(found.values(), key=lambda row: row.us or 0.0, default=None)
-
-    def cell(candidate: str) -> str:
-        row = found.get(candidate)
-        if row is None or row.us is None:
-            return "-"
-        text = (f"{row.us:.1f}" if row.us < 100 else f"{row.us:,.0f}") + ("" if row.is_captured else " (launched)")
-        return f"**{text}**" if row is best else text
-
+def markdown_row(rows: list[Row]) -> str:
+    measured = sorted((row for row in rows if row.us is not None), key=lambda row: row.us or 0.0)
+    cells = []
+    for belongs in FAMILIES.values():
+        best = next((row for row in measured if belongs(row.candidate)), None)
+        cells.append("-" if best is None else markdown_cell(best, best is measured[0]))
     model = "" if rows[0].model == "Qwen2.5-7B" else f"{rows[0].model}, "
-    shares = "- | - | -" if best is None else f"{best.tb_per_s:.2f} | {best.tflop_per_s:.0f} | {best.share_of_peak:.0%}"
-    return f"| {model}{rows[0].case} | {' | '.join(cell(candidate) for candidate in candidates)} | {shares} |"
+    rates = f"{measured[0].tb_per_s:.2f} | {measured[0].tflop_per_s:.0f}" if measured else "- | -"
+    return f"| {model}{rows[0].case} | {' | '.join(cells)} | {rates} |"
+
+
+def markdown_cell(row: Row, is_fastest: bool) -> str:
+    us = row.us or 0.0
+    figure = (f"{us:.1f}" if us < 100 else f"{us:,.0f}") + f", {row.share_of_peak * 100:.0f} %"
+    kernel = row.candidate.removeprefix("flashinfer ").removesuffix(", gathered").removesuffix(", contiguous")
+    notes = [kernel] * (row.candidate != "ours") + ["launched"] * (not row.is_captured)
+    noted = f" ({'; '.join(notes)})" if notes else ""
+    return (f"**{figure}**" if is_fastest else figure) + noted
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,8 +16,7 @@ from backends.base import DrawTokens
 from backends.conformance.check import Check, ConformanceError, Subject
 from backends.conformance.drawing_checks import drawing_checks
 from backends.cpu.backend import CpuBackend
-from backends.cuda.kernels.cutoff_floors import cutoff_floors
-from backends.cuda.kernels.sampling import draw_tokens
+from backends.cuda.kernels.sampling import draw_tokens, draw_with_floors
 from backends.model_runner.sampler.cutoff import min_p_floor, top_floor
 from backends.model_runner.sampler.gumbel_noise import exponential_noise, token_hashes
 from backends.model_runner.sampler.noise_keys import noise_keys
@@ -35,10 +35,12 @@ def random_logits(num_rows: int, vocab_size: int, spread: float, seed: int) -> t
 def expected_floors(
     scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
-    scores = scores.masked_fill(scores < min_p_floor(scores, min_p.log()), -torch.inf)
-    vocab_size = scores.shape[1]
-    every = torch.where(top_k == 0, vocab_size, top_k)
-    return top_floor(scores.sort(1, descending=True).values, every, top_p).squeeze(1)
+    scores = scores.double()
+    least = min_p_floor(scores, min_p.double().log())
+    scores = scores.masked_fill(scores < least, -torch.inf)
+    every = torch.where(top_k == 0, scores.shape[1], top_k).clamp(max=scores.shape[1])
+    top_p = torch.where(top_p < 1, top_p.double(), 2.0)  # beyond what rounding can reach
+    return torch.maximum(least, top_floor(scores.sort(1, descending=True).values, every, top_p)).squeeze(1)
 
 
 def noise_of(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -63,42 +65,90 @@ def test_uncut_draws_are_those_of_the_sampler(vocab_size: int, spread: float) ->
     assert not is_invalid.any()
 
 
-@pytest.mark.parametrize("spread", [1.0, 6.0])
-def test_cut_draws_are_those_of_the_sampler(spread: float) -> None:
-    top_k = torch.tensor([1, 5, 0, 300, 0, 700, 50, 0])
-    top_p = torch.tensor([1.0, 0.9, 0.3, 1.0, 1.0, 0.75, 0.99, 0.999])
-    min_p = torch.tensor([0.0, 0.0, 0.0, 0.05, 0.3, 0.0, 0.01, 0.0])
-    num_rows, vocab_size = top_k.numel(), 5000
-    logits = random_logits(num_rows, vocab_size, spread, seed=7)
-    temperature, seeds, positions = torch.full((num_rows,), 0.8), torch.arange(num_rows), torch.arange(num_rows) * 3
-    found, _ = draw_tokens(logits, temperature, seeds, positions, top_k, top_p, min_p)
-    scores = logits / 0.8
-    kept = scores >= expected_floors(scores, top_k, top_p, min_p).unsqueeze(1)
-    floors = cutoff_floors(logits, temperature, top_k, top_p, min_p).unsqueeze(1)
+TOP_K = (1, 5, 0, 300, 0, 700, 50, 0, 0, 0)
+TOP_P = (1.0, 0.9, 0.3, 1.0, 1.0, 0.75, 0.99, 0.999, 0.9, 1.0)
+MIN_P = (0.0, 0.0, 0.0, 0.05, 0.3, 0.0, 0.01, 0.0, 0.001, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that are cut in all ways, some not at all."""
+
+    logits: torch.Tensor
+    temperature: torch.Tensor
+    seeds: torch.Tensor
+    positions: torch.Tensor
+    cuts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+    def scores(self) -> torch.Tensor:
+        return self.logits * (1 / self.temperature).unsqueeze(1)
+
+    def kept(self) -> torch.Tensor:
+        scores = self.scores()
+        return scores >= expected_floors(scores, *self.cuts).unsqueeze(1)
+
+    def expected(self) -> list[int]:
+        noise = noise_of(self.seeds, self.positions, self.logits.shape[1])
+        return (self.scores() - noise.log()).masked_fill(~self.kept(), -torch.inf).argmax(1).tolist()
+
+
+def cut_rows(logits: torch.Tensor) -> Rows:
+    num_rows = logits.shape[0]
+    columns = (torch.tensor(column)[torch.arange(num_rows) % len(column)] for column in (TOP_K, TOP_P, MIN_P))
+    places = torch.arange(num_rows), torch.arange(num_rows) * 3
+    return Rows(logits, torch.full((num_rows,), 0.8), *places, tuple(columns))  # type: ignore[arg-type]
+
+
+def assert_draws_what_is_kept(rows: Rows, num_more_max: int) -> None:
+    found, _, floors = draw_with_floors(rows.logits, rows.temperature, rows.seeds, rows.positions, *rows.cuts)
+    kept = rows.scores() >= floors.unsqueeze(1)
+    assert (kept != rows.kept()).sum(1).le(num_more_max).all()
+    assert found.tolist() == rows.expected()
+
+
+@pytest.mark.parametrize("vocab_size", [33, 9001])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+def test_cut_draws_are_those_of_the_sampler(spread: float, vocab_size: int) -> None:
+    """Of few candidates, and of so many that the row is gone through: 9,001 tokens nearly all of which are kept."""
     # A sum of likelihoods is rounded, so a set that top_p ends may be longer or shorter by a token.
-    assert ((logits * (1 / temperature.unsqueeze(1)) >= floors) != kept).sum(1).le(1).all()
-    expected = (scores - noise_of(seeds, positions, vocab_size).log()).masked_fill(~kept, -torch.inf).argmax(1)
-    assert found.tolist() == expected.tolist()
+    assert_draws_what_is_kept(cut_rows(random_logits(len(TOP_K), vocab_size, spread, seed=7)), num_more_max=1)
+
+
+def test_cut_draws_of_half_precision_keep_ties() -> None:
+    """Thousands of equal scores: no more of them are kept than the sampler keeps, and no fewer."""
+    logits = random_logits(len(TOP_K), 9001, 3.0, seed=11).to(torch.bfloat16).to(torch.float32)
+    assert_draws_what_is_kept(cut_rows(logits), num_more_max=0)
+
+
+def test_likely_tokens_may_all_lie_together() -> None:
+    """In one group, and beside tokens that are barred: neither is where random logits put them."""
+    logits = random_logits(len(TOP_K), 9001, 0.5, seed=5)
+    logits[:, 4090:4110] += 9
+    logits[:, 7000:] = -1e30
+    assert_draws_what_is_kept(cut_rows(logits), num_more_max=1)
 
 
 def test_equal_scores_are_kept_together() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0, 0.0], [3.0, 3.0, 3.0, 3.0, 3.0, 3.0]])
-    floors = cutoff_floors(logits, torch.ones(2), torch.tensor([2, 2]), None, None)
+    places, ones = torch.arange(2), torch.ones(2)
+    floors = draw_with_floors(logits, ones, places, places, torch.tensor([2, 2]), ones, torch.zeros(2))[2]
     assert ((logits >= floors.unsqueeze(1)).sum(1)).tolist() == [4, 6]
 
 
 def test_each_kind_of_cut_may_be_nobodys() -> None:
-    logits = random_logits(2, 500, 2.0, seed=3)
-    temperature, nothing = torch.tensor([1.0, 0.0]), (torch.zeros(2, dtype=torch.int64), torch.ones(2), torch.zeros(2))
-    assert cutoff_floors(logits, temperature, *nothing).tolist() == [-torch.inf, -torch.inf]
-    cuts = (torch.tensor([9, 9]), torch.tensor([0.4, 0.4]), torch.tensor([0.2, 0.2]))
+    logits, places = random_logits(8, 500, 2.0, seed=3), torch.arange(8)
+    temperature = torch.tensor([1.0, 0.0]).repeat(4)
+    nothing = (torch.zeros(8, dtype=torch.int64), torch.ones(8), torch.zeros(8))
+    uncut = draw_tokens(logits, temperature, places, places)[0]
+    assert torch.equal(draw_tokens(logits, temperature, places, places, *nothing)[0], uncut)
+    cuts = (torch.full((8,), 2), torch.full((8,), 0.1), torch.full((8,), 0.6))
     for index, cut in enumerate(cuts):
         all_but_one_neutral = [cut if place == index else neutral for place, neutral in enumerate(nothing)]
         alone = [cut if place == index else None for place in range(3)]
-        found = cutoff_floors(logits, temperature, *alone)
-        assert torch.equal(found, cutoff_floors(logits, temperature, *all_but_one_neutral))
-        assert found[0] > -torch.inf
-        assert found[1] == -torch.inf
+        found = draw_tokens(logits, temperature, places, places, *alone)[0]
+        assert torch.equal(found, draw_tokens(logits, temperature, places, places, *all_but_one_neutral)[0])
+        assert torch.equal(found[1::2], logits.argmax(1)[1::2])
+        assert not torch.equal(found, uncut)
 
 
 def test_what_is_not_finite_is_told_and_draws_a_token_of_the_vocabulary() -> None:

@@ -18,9 +18,13 @@ Argument = torch.Tensor | int | float
 
 
 class KernelLauncher:
-    """One kernel. Its parameters are tensors and numbers first, then the constants that it is compiled for."""
+    """One kernel. Its parameters are tensors and numbers first, then the constants that it is compiled for.
 
-    def __init__(self, kernel: Any) -> None:
+    ``registers_max`` of a thread: with fewer, more programs run on a multiprocessor at a time.
+    """
+
+    def __init__(self, kernel: Any, registers_max: int | None = None) -> None:
+        self._registers_max = registers_max
         self._kernel = kernel
         self._compiled: dict[tuple[Any, ...], Any] = {}
         # In Triton's interpreter kernels are functions of Python.
@@ -46,7 +50,8 @@ class KernelLauncher:
         compiled = self._compiled.get(tuple(key))
         if compiled is None:
             launch = self._kernel[grid]
-            self._compiled[tuple(key)] = launch(*arguments, *constants, num_warps=num_warps, num_stages=num_stages)
+            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": self._registers_max}
+            self._compiled[tuple(key)] = launch(*arguments, *constants, **options)
             return
         compiled[grid](*values, *constants, stream=driver.active.get_current_stream(device_index))
 

@@ -129,16 +129,16 @@ class Bench:
         self.config, self.backend = config, backend
         self.device = backend.torch_device(0)
         self.graph: ExecutionGraph = fuse(build_graph(config))
-        self._weights = load_weights(
+        self.weights = load_weights(
             self.graph, DummyWeights(self.device), rank=0, device=self.device, progress=NoProgress()
         )
         longest = max(step.context_len for step in steps)
-        self._num_positions = max(longest, config.max_model_len or NUM_POSITIONS_UNSTATED)
+        self.num_positions = max(longest, config.max_model_len or NUM_POSITIONS_UNSTATED)
         self.program = self.lowered(None)
         self.kv: KVTensors = make_kv(config, steps, self.device)
 
     def lowered(self, kernels: AnnotatedKernels | None) -> GraphProgram:
-        where = (self.graph, self._weights, self.backend, self.device, self._num_positions)
+        where = (self.graph, self.weights, self.backend, self.device, self.num_positions)
         return lowered(*where, kernels=kernels)
 
     def annotated_program(self) -> GraphProgram:
@@ -147,7 +147,7 @@ class Bench:
     def inputs(self, step: Step) -> StepInputs:
         """As serving has them: decodes are captured for contexts of any length."""
         inputs = make_inputs(step, self.program.vocab_size, self.device)
-        return replace(inputs, context_len_max=self._num_positions) if inputs.num_decodes else inputs
+        return replace(inputs, context_len_max=self.num_positions) if inputs.num_decodes else inputs
 
     def call(self, step: Step) -> Callable[[], object]:
         inputs, draw = self.inputs(step), greedy_drawing(self.backend, step.num_seqs)

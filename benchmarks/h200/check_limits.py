@@ -27,7 +27,7 @@ from benchmarks.h200.limit_models import SMALL_MODELS, make_models
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LIMIT_S = 90
-TOGETHER = 6
+TOGETHER = 12
 _RESULT = "seen: "
 
 
@@ -40,6 +40,7 @@ class Case:
     run: Callable[[CaseInput], str]
     alone: bool = False
     needs_device: bool = False
+    needs_models: bool = True
     hides_triton: bool = False
     hides_compiler: bool = False
 
@@ -55,8 +56,13 @@ class Result:
 
 
 CASES = (
-    Case("weights too large", "refused before they are drawn", limit_cases.weights_too_large),
-    Case("the same, by sagellm serve", "exit code 2, one line, no process left", limit_cases.serve_refused),
+    Case("weights too large", "refused before they are drawn", limit_cases.weights_too_large, needs_models=False),
+    Case(
+        "the same, by sagellm serve",
+        "exit code 2, one line, no process left",
+        limit_cases.serve_refused,
+        needs_models=False,
+    ),
     Case("KV too large", "says how many tokens fit; half of them do", limit_cases.kv_too_large, alone=True),
     Case(
         "largest step does not fit",
@@ -109,18 +115,27 @@ def main() -> int:
     begin_s = time.monotonic()
     cases = [case for case in CASES if re.search(arguments.only, case.name)]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        code, _, stderr = run_python(["--make-models"], arguments.backend, folder, dict(os.environ))
-        how = "" if code == 0 else f" with code {code}: {stderr.strip().splitlines()[-1:]}"
-        print(f"making models ended after {time.monotonic() - begin_s:.1f} s{how}", flush=True)
-        with ThreadPoolExecutor(TOGETHER if arguments.backend == "cuda" else 1) as pool:
-            together = [case for case in cases if not case.alone]
-            results = list(pool.map(lambda case: run_apart(case, arguments.backend, folder), together))
-        alone = [case for case in cases if case.alone and (arguments.backend == "cuda" or not case.needs_device)]
-        results += [run_apart(case, arguments.backend, folder) for case in alone]
+        results = run_all(cases, arguments.backend, Path(name))
     arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=1), encoding="utf-8")
     print_table(results, time.monotonic() - begin_s)
     return 0 if all(result.ok for result in results) else 1
+
+
+def run_all(cases: list[Case], backend: str, folder: Path) -> list[Result]:
+    """Models are made while the cases run that need none."""
+    with ThreadPoolExecutor(TOGETHER if backend == "cuda" else 1) as pool:
+        early = [pool.submit(run_apart, case, backend, folder) for case in cases if not case.needs_models]
+        made = pool.submit(run_python, ["--make-models"], backend, folder, dict(os.environ))
+        code, _, stderr = made.result()
+        if code != 0:
+            print(f"making models ended with code {code}: {stderr.strip().splitlines()[-1:]}", flush=True)
+        late = [case for case in cases if case.needs_models and not case.alone]
+        found = [pool.submit(run_apart, case, backend, folder) for case in late]
+    alone = [case for case in cases if case.alone and (backend == "cuda" or not case.needs_device)]
+    return [
+        *(each.result() for each in (*early, *found)),
+        *(run_apart(case, backend, folder) for case in alone),
+    ]
 
 
 def parsed() -> argparse.Namespace:

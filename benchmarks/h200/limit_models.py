@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VOCAB_SIZE = 509
-NUM_POSITIONS = 4096
+NUM_POSITIONS = 16384
 NUM_OUTPUT_TOKENS = 24
 PROMPT_LENS = (1, 5, 17, 33, 60, 100)
 # Two tokens whose logits are closer than this, in deviations of all logits, may be told apart either way.

@@ -8,12 +8,11 @@ _PROGRAM = "from benchmarks.h200.memory_hog import serve_orders; serve_orders()"
 
 
 class MemoryHog:
-    """The front of it; ready to take once it is made."""
+    """The front of it. Getting ready takes some seconds, for which the first order waits."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", _PROGRAM]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._ask("ready")
 
     def take(self, left_bytes: int = 0) -> int:
         """Take all but so much; bytes taken."""

@@ -6,6 +6,7 @@ _SMALL = (1, 2, 4)
 _STRIDE = 8
 _STRIDE_OF_MANY = 16
 _MANY = 256
+_WORTH_A_SIZE = 1.02  # of the duration of a larger one; less is noise
 NUM_SEQS_CAPTURED_MAX = 512
 """Beyond it the device is busy for longer than the host takes to launch a step."""
 
@@ -21,3 +22,17 @@ def smallest_size(sizes: tuple[int, ...], num_seqs: int) -> int:
     """The first of the rising ``sizes`` that holds so many; 0 where none does."""
     index = bisect_left(sizes, num_seqs)
     return sizes[index] if index < len(sizes) else 0
+
+
+def sizes_worth_keeping(durations_s: dict[int, float]) -> tuple[int, ...]:
+    """Of sizes and how long their steps take, those that no larger one beats; rising.
+
+    A library's choice of kernels for one size can be worse than for the next: then a step is filled up that far.
+    """
+    kept: list[int] = []
+    shortest_s = float("inf")
+    for size in sorted(durations_s, reverse=True):
+        if durations_s[size] < shortest_s * _WORTH_A_SIZE:
+            kept.append(size)
+            shortest_s = min(shortest_s, durations_s[size])
+    return tuple(reversed(kept))

@@ -5,13 +5,14 @@ fills up with rows that are of no account.
 """
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import TextIO
 
 import torch
 
 from backends.base import HardwareBackend
-from backends.model_runner.batch_sizes import captured_sizes, smallest_size
+from backends.model_runner.batch_sizes import captured_sizes, sizes_worth_keeping, smallest_size
 from backends.model_runner.captured_inputs import CapturedInputs
 from backends.model_runner.count_progress import CountProgress
 from backends.model_runner.device_failures import is_of_device
@@ -21,6 +22,7 @@ from backends.streams import DeviceGraph
 
 _LOG = logging.getLogger(__name__)
 _GIB = 1 << 30
+_NUM_TIMED_REPLAYS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class DecodeGraphs:
             self._warn(_first_line(error), next(size for size in reversed(sizes) if size not in self._steps))
         if not self._steps:
             self._inputs = None
-        self._sizes = tuple(sorted(self._steps))
+        self._sizes = sizes_worth_keeping({size: self._replayed_s(step) for size, step in self._steps.items()})
         self.memory_bytes = max(0, self._reserved_bytes() - begin_bytes)
         self.capture_s = progress.end(f", {self.memory_bytes / _GIB:.2f} GiB")
 
@@ -101,6 +103,19 @@ class DecodeGraphs:
         self._reserved_bytes()  # the allocator gives back what nobody holds any more
         if num_seqs:
             self._warn(reason, num_seqs)
+
+    def _replayed_s(self, step: CapturedStep) -> float:
+        """The least of some times."""
+        assert self._inputs is not None
+        self._inputs.fill_up(step.num_seqs)  # all sizes share the memory, and each lays it out its own way
+        durations_s = []
+        for _ in range(_NUM_TIMED_REPLAYS):
+            self._backend.synchronize(self._device_index)
+            started_s = time.perf_counter()
+            step.graph.replay()
+            self._backend.synchronize(self._device_index)
+            durations_s.append(time.perf_counter() - started_s)
+        return min(durations_s)
 
     def step_for(self, num_seqs: int, context_len_max: int) -> CapturedStep | None:
         """The captured step that so many decodes fit into; None where they are to be launched one by one."""

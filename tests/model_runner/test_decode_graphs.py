@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from context_program import loading
+from hypothesis import given
+from hypothesis import strategies as st
 from instance_loop import InstanceLoop
 from recording_backend import RecordingBackend, install
 
-from backends.model_runner.batch_sizes import NUM_SEQS_CAPTURED_MAX, captured_sizes, smallest_size
+from backends.model_runner.batch_sizes import NUM_SEQS_CAPTURED_MAX, captured_sizes, sizes_worth_keeping, smallest_size
 from backends.model_runner.decode_graphs import DecodeGraphs
 from backends.model_runner.kv_blocks import KVBlocks
 from backends.step_inputs import KVTensors, StepInputs
@@ -99,13 +101,14 @@ def test_every_decode_step_is_replayed_and_right(backend: RecordingBackend, step
     program = HashProgram()
     limits = config(steps_in_flight_max=steps_in_flight_max)
     with InstanceLoop(limits, loads=(loading(program),), backend=backend.name) as loop:
-        num_runs = program.num_runs
+        num_runs, num_timed = program.num_runs, backend.num_replays
         check_greedy(loop, 19)
         sizes = {len(step.plan.decode_request_ids) for step in loop.steps if not step.plan.chunks}
         assert len(sizes - set(captured_sizes(19))) > 8, "hardly a step was filled up"
         assert backend.num_captures == len(captured_sizes(19))
-        assert backend.num_replays == num_decode_steps(loop.steps)
-        assert program.num_runs - num_runs == len(loop.steps) - backend.num_replays
+        num_replays = backend.num_replays - num_timed
+        assert num_replays == num_decode_steps(loop.steps)
+        assert program.num_runs - num_runs == len(loop.steps) - num_replays
 
 
 def test_preempted_and_resumed(backend: RecordingBackend) -> None:
@@ -179,12 +182,23 @@ def test_a_capture_that_runs_out_of_memory_is_told_once(
         caplog.at_level(logging.WARNING),
         InstanceLoop(config(), loads=(loading(HashProgram()),), backend=backend.name) as loop,
     ):
+        num_timed = backend.num_replays
         check_greedy(loop, 19)
         # Without a graph of their own, smaller batches are filled up to the smallest that has one.
-        assert backend.num_replays == (num_decode_steps(loop.steps) if num_captured else 0)
+        assert backend.num_replays - num_timed == (num_decode_steps(loop.steps) if num_captured else 0)
     (record,) = caplog.records
     assert "no room for a graph" in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+@given(st.dictionaries(st.integers(1, 40), st.integers(1, 10).map(float), min_size=1))
+def test_no_step_is_filled_up_to_a_size_that_a_larger_one_beats(durations_s: dict[int, float]) -> None:
+    kept = sizes_worth_keeping(durations_s)
+    assert kept[-1] == max(durations_s), "something would fit nowhere"
+    assert list(kept) == sorted(kept)
+    for size in durations_s:
+        chosen = smallest_size(kept, size)
+        assert durations_s[chosen] == min(each for other, each in durations_s.items() if other >= size)
 
 
 def test_what_graphs_read_stays_in_place() -> None:

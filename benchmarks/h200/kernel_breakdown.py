@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
@@ -21,6 +21,7 @@ from benchmarks.h200.step_work import OTHER
 
 LAUNCHED, REPLAYED = "step launched", "step replayed"
 PLAIN_BYTES_MAX = 16 << 20
+_Key = TypeVar("_Key")
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -34,14 +35,26 @@ class KindTime:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelTime:
+    """One kernel, wherever a step ran it for operators of one kind."""
+
+    name: str
+    kind: str
+    count: int
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Breakdown:
     """One step. ``span_ms`` is from the begin of its first kernel to the end of its last.
 
-    ``gaps_ms`` is the part of it in which no kernel ran. ``source`` is which way of running it was timed.
+    ``gaps_ms`` is the part of it in which no kernel ran. ``source`` is which way of running it was timed. Kinds and
+    kernels come in the order of their time, longest first.
     """
 
     source: str
     kinds: tuple[KindTime, ...]
+    kernels: tuple[KernelTime, ...]
     span_ms: float
     gaps_ms: float
 
@@ -106,28 +119,41 @@ def read_breakdown(path: Path) -> Breakdown:
     work = _device_work(events)
     if not work:
         return _breakdown("host", [(each.name.removeprefix(PREFIX), each) for each in kinds])
-    kernels = [(_kind_at(kinds, asked_us), kernel) for asked_us, kernel in work if _holds(launched[0], asked_us)]
+    kernels = [(_kind_at(kinds, one.asked_us), one.ran) for one in work if _holds(launched[0], one.when_us)]
     replays = [each for each in annotations if each.name == REPLAYED]
-    replayed = [kernel for asked_us, kernel in work if replays and _holds(replays[-1], asked_us)]
+    replayed = [one.ran for one in work if replays and _holds(replays[-1], one.when_us)]
     if len(replayed) != len(kernels):
         return _breakdown("launched", kernels)
     paired = zip(kernels, replayed, strict=True)
     return _breakdown("replayed", [(kind, kernel) for (kind, _), kernel in paired])
 
 
-def _device_work(events: list[dict[str, Any]]) -> list[tuple[float, _Slice]]:
-    """Kernels and copies in the order of their begin, each with the time at which the host asked for it."""
+@dataclass(frozen=True, slots=True)
+class _DeviceWork:
+    """A kernel or a copy, and when the host asked for it, where the profile says so."""
+
+    ran: _Slice
+    asked_us: float | None
+
+    @property
+    def when_us(self) -> float:
+        """A time within the annotation of its step, at the end of which the device is waited for."""
+        return self.ran.begin_us if self.asked_us is None else self.asked_us
+
+
+def _device_work(events: list[dict[str, Any]]) -> list[_DeviceWork]:
+    """In the order in which it began."""
     asked_us = {
         event["args"]["correlation"]: float(event["ts"])
         for event in events
         if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})
     }
     found = [
-        (asked_us[event["args"]["correlation"]], _slice(event))
+        _DeviceWork(_slice(event), asked_us.get(event.get("args", {}).get("correlation")))
         for event in events
-        if event.get("cat") in _DEVICE_WORK and event.get("args", {}).get("correlation") in asked_us
+        if event.get("cat") in _DEVICE_WORK
     ]
-    return sorted(found, key=lambda each: each[1].begin_us)
+    return sorted(found, key=lambda each: each.ran.begin_us)
 
 
 def _slices(events: list[dict[str, Any]], categories: tuple[str, ...]) -> list[_Slice]:
@@ -143,17 +169,21 @@ def _holds(annotation: _Slice, time_us: float) -> bool:
     return annotation.begin_us <= time_us <= annotation.end_us
 
 
-def _kind_at(kinds: list[_Slice], time_us: float) -> str:
+def _kind_at(kinds: list[_Slice], time_us: float | None) -> str:
     """Of the annotation that holds the time; they do not overlap."""
+    if time_us is None:
+        return OTHER
     index = bisect_right(kinds, time_us, key=lambda each: each.begin_us) - 1
     return kinds[index].name.removeprefix(PREFIX) if index >= 0 and _holds(kinds[index], time_us) else OTHER
 
 
 def _breakdown(source: str, kernels: list[tuple[str, _Slice]]) -> Breakdown:
-    times_us: dict[str, list[float]] = {}
+    by_kind: dict[str, list[float]] = {}
+    by_name: dict[tuple[str, str], list[float]] = {}
     for kind, kernel in kernels:
-        times_us.setdefault(kind, []).append(kernel.end_us - kernel.begin_us)
-    ordered = sorted(times_us, key=lambda kind: -sum(times_us[kind]))
+        took_us = kernel.end_us - kernel.begin_us
+        by_kind.setdefault(kind, []).append(took_us)
+        by_name.setdefault((kernel.name, kind), []).append(took_us)
     busy_until_us = kernels[0][1].begin_us if kernels else 0.0
     begin_us, gaps_us = busy_until_us, 0.0
     for _, kernel in kernels:
@@ -161,7 +191,12 @@ def _breakdown(source: str, kernels: list[tuple[str, _Slice]]) -> Breakdown:
         busy_until_us = max(busy_until_us, kernel.end_us)
     return Breakdown(
         source,
-        tuple(KindTime(kind, len(times_us[kind]), sum(times_us[kind]) / 1000) for kind in ordered),
+        tuple(KindTime(kind, len(each), sum(each) / 1000) for kind, each in _longest_first(by_kind)),
+        tuple(KernelTime(*key, len(each), sum(each) / 1000) for key, each in _longest_first(by_name)),
         (busy_until_us - begin_us) / 1000,
         gaps_us / 1000,
     )
+
+
+def _longest_first(times_us: dict[_Key, list[float]]) -> list[tuple[_Key, list[float]]]:
+    return sorted(times_us.items(), key=lambda item: -sum(item[1]))

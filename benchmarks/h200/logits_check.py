@@ -128,10 +128,10 @@ def reference_model(values: dict[str, Any], config: ModelConfig, device: torch.d
     rest = {key: value for key, value in values.items() if key not in ("model_type", "torch_dtype", "rope_theta")}
     rope = {"rope_type": "default", "rope_theta": values.get("rope_theta", 10000.0)}
     described = transformers.AutoConfig.for_model(values["model_type"], **rest, rope_parameters=rope)
-    described.dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, config.dtype)
     with device:
         make = transformers.AutoModelForCausalLM.from_config
-        model: transformers.PreTrainedModel = make(described, attn_implementation="sdpa").eval()  # type: ignore[no-untyped-call]
+        model: transformers.PreTrainedModel = make(described, dtype=dtype, attn_implementation="sdpa").eval()  # type: ignore[no-untyped-call]
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -140,7 +140,7 @@ def reference_model(values: dict[str, Any], config: ModelConfig, device: torch.d
             else:
                 is_bias = name.endswith(".bias")
                 parameter.normal_(0.0 if is_bias else 1.0, 0.5 if is_bias else 0.1, generator=generator)
-    assert model.dtype == described.dtype, "transformers took the type that it was given"
+    assert model.dtype == dtype, "transformers takes the type that it is given"
     return model
 
 

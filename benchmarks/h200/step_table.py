@@ -32,7 +32,7 @@ from backends.weights.load import load_weights
 from backends.weights.progress import NoProgress
 from benchmarks.h200.annotated_kernels import AnnotatedKernels, annotated
 from benchmarks.h200.attempt import attempted
-from benchmarks.h200.kernel_breakdown import Breakdown, profile_step, read_breakdown
+from benchmarks.h200.kernel_breakdown import Breakdown, KernelTime, profile_step, read_breakdown
 from benchmarks.h200.step_work import DRAWING, PEAK_BYTES_PER_S, PEAK_FLOPS_PER_S, Work, work_by_kind
 from benchmarks.h200.timed_steps import (
     Step,
@@ -62,6 +62,7 @@ VLLM_STEP_MS = {
 }
 """vLLM 0.22.1 on the same kind of card, by a step's name and context: medians of synchronous steps."""
 NUM_POSITIONS_UNSTATED = 32_768
+NUM_KERNELS_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class ProfiledStep:
     step: str
     source: str  # replayed, launched, or host where there is no device
     kinds: tuple[KindRow, ...]
+    kernels: tuple[KernelTime, ...]  # longest first
     gaps_ms: float  # between kernels
     span_ms: float
 
@@ -278,7 +280,7 @@ def profile_row(step: str, found: Breakdown, work: dict[str, Work]) -> ProfiledS
         KindRow(each.kind, each.num_kernels, each.ms, work.get(each.kind, Work()).operators_s * 1e3)
         for each in found.kinds
     )
-    return ProfiledStep(step, found.source, kinds, found.gaps_ms, found.span_ms)
+    return ProfiledStep(step, found.source, kinds, found.kernels, found.gaps_ms, found.span_ms)
 
 
 def write(path: Path, document: Document) -> None:
@@ -315,6 +317,8 @@ def print_profile(found: ProfiledStep) -> None:
         share = row.ms / found.span_ms if found.span_ms else 0.0
         print(f"{row.kind:22}{row.num_kernels:9}{row.ms:9.3f}{share:8.1%}{row.floor_ms:9.3f}{of_floor:>9}")
     print(f"{'gaps':22}{'':9}{found.gaps_ms:9.3f}{found.gaps_ms / found.span_ms if found.span_ms else 0.0:8.1%}")
+    for kernel in found.kernels[:NUM_KERNELS_SHOWN]:
+        print(f"  {kernel.ms:9.3f} ms {kernel.count:5} x {kernel.kind}: {kernel.name[:80]}")
     sys.stdout.flush()
 
 

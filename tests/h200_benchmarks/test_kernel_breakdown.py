@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.h200.kernel_breakdown import KindTime, read_breakdown
+from benchmarks.h200.kernel_breakdown import KernelTime, KindTime, read_breakdown
 
 Event = dict[str, Any]
 
@@ -60,6 +60,7 @@ def test_the_last_replay_is_broken_down_by_what_launched_its_kernels(tmp_path: P
     found = read_breakdown(write(tmp_path / name, events[::-1]))
     assert found.source == "replayed"
     assert found.kinds == (KindTime("linear", 2, 0.009), KindTime("attention", 1, 0.003), KindTime("other", 1, 0.001))
+    assert found.kernels[0] == KernelTime("any", "linear", 2, 0.009)
     assert (found.span_ms, found.gaps_ms) == pytest.approx((0.016, 0.003))
 
 
@@ -68,6 +69,16 @@ def test_a_replay_of_other_kernels_leaves_the_launched_step(tmp_path: Path) -> N
     assert found.source == "launched"
     assert found.kinds == (KindTime("linear", 2, 0.010), KindTime("attention", 1, 0.004), KindTime("other", 1, 0.001))
     assert (found.span_ms, found.gaps_ms) == pytest.approx((0.052, 0.037))
+
+
+def test_a_kernel_of_which_the_host_knows_nothing_is_counted(tmp_path: Path) -> None:
+    """Of no kind, but in its step."""
+    events = launched_step() + replay(200, (7, 3, 1, 2), 22)
+    events[8] = event("kernel", "gemm", 10, 8, 99)
+    found = read_breakdown(write(tmp_path / "profile.json", events))
+    assert found.source == "replayed"
+    assert {kind.kind: kind.num_kernels for kind in found.kinds} == {"linear": 1, "attention": 1, "other": 2}
+    assert found.kinds[0] == KindTime("other", 2, 0.008)
 
 
 def test_kernels_side_by_side_leave_no_gap(tmp_path: Path) -> None:

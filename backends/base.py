@@ -42,6 +42,53 @@ class DrawTokens(Protocol):
         """
 
 
+class LogitKernels(Protocol):
+    """What else is done with logits and drawn tokens, in a launch or two each, without waiting for the device."""
+
+    def penalise(
+        self,
+        logits: "torch.Tensor",
+        places: "torch.Tensor",
+        penalties: "torch.Tensor",
+        token_table: "torch.Tensor",
+        num_tokens_max: int,
+    ) -> None:
+        """Penalise logits [num_logit_rows, vocab_size] float32 in place, as ``sampler.penalties`` does.
+
+        ``places`` [4, num_rows] int64 are rows of the logits, their rows of ``token_table`` [num_table_rows,
+        num_columns] int32, how many tokens there are, at most ``num_tokens_max``, and how many are the prompt's;
+        ``penalties`` [3, num_rows] float32 are repetition, presence and frequency.
+        """
+
+    def report_logprobs(
+        self,
+        logits: "torch.Tensor",
+        rows: "torch.Tensor",
+        token_ids: "torch.Tensor",
+        num_top: int,
+        report: "torch.Tensor",
+    ) -> None:
+        """Write what is to be told of these rows to report [num_reported, 3 + 2 * num_top] int32.
+
+        That is the drawn token's rank from 1, then token ids and the bits of their log-probabilities in float32 in
+        turn: the drawn token's, and those of the ``num_top`` most likely ones, at most as many as there are.
+        ``logits`` [num_rows, vocab_size] float32 are as the model gave them, ``rows`` [num_reported] int64, and
+        ``token_ids`` [num_rows] int64 are drawn for all rows.
+        """
+
+    def keep_drawn(
+        self,
+        token_ids: "torch.Tensor",
+        is_invalid: "torch.Tensor",
+        cells: "torch.Tensor",
+        token_table: "torch.Tensor",
+        outcome: "torch.Tensor",
+    ) -> None:
+        """Write ``token_ids`` [num_rows] int64 to these cells of ``token_table``, counted through its rows, and to
+        outcome [num_rows] int32, there -1 where ``is_invalid`` [num_rows] bool.
+        """
+
+
 class HardwareBackend(ABC):
     """One vendor's devices. Holds no state of its own, so there may be any number of them.
 
@@ -215,6 +262,10 @@ class HardwareBackend(ABC):
 
     def token_drawing(self) -> "DrawTokens | None":
         """A kernel that draws tokens; None where torch's operators do it."""
+        return None
+
+    def logit_kernels(self) -> "LogitKernels | None":
+        """Kernels beside it; None where torch's operators do that, as they do where `token_drawing` gives none."""
         return None
 
     @abstractmethod

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from backends.base import DrawTokens, HardwareBackend
+from backends.base import DrawTokens, HardwareBackend, LogitKernels
 from backends.cuda.operator_kernels import (
     register_kernels,
     triton_is_installed,
@@ -76,6 +76,13 @@ class CudaBackend(AcceleratorBackend):
         from backends.cuda.kernels.sampling import draw_tokens
 
         return draw_tokens
+
+    def logit_kernels(self) -> LogitKernels | None:
+        if why_no_kernels(self.current_device()):
+            return None
+        from backends.cuda.kernels.logit_kernels import TritonLogitKernels
+
+        return TritonLogitKernels()
 
     def unknown_to_kernels(self, head_dim: int, num_heads_each: int) -> tuple[str, ...]:
         return unknown_to_kernels(head_dim, num_heads_each)

@@ -15,7 +15,8 @@ from backends.model_runner.request_table import RequestTable, SequenceRows
 from backends.model_runner.sampler.device_draw_plan import DeviceDrawPlan, PackedDrawPlan
 from backends.model_runner.sampler.draw_plan import DrawPlan
 from backends.model_runner.sampler.draw_planner import DrawPlanner
-from backends.model_runner.sampler.sampler import DrawnLogprobs, Sampler
+from backends.model_runner.sampler.logprob_report import DrawnLogprobs
+from backends.model_runner.sampler.sampler import DrawnTokens, Sampler
 from backends.model_runner.step_arrays import sampled_sequences, step_arrays
 from sagellm.core.plan import StepPlan
 from sagellm.core.step_executor import TokenLogprobs
@@ -27,7 +28,17 @@ class StepMemory:
     def __init__(self, backend: HardwareBackend, device_index: int, num_sampled_max: int) -> None:
         is_pinned = backend.capabilities(device_index).pinned_memory
         self.staging = StagingBuffer(is_pinned)
-        self.drawn = backend.allocate_tensor((num_sampled_max,), torch.int32, MemoryKind.PINNED, device_index)
+        self._backend, self._device_index = backend, device_index
+        self._outcome = self._allocated(num_sampled_max)
+
+    def outcome(self, num_words: int) -> torch.Tensor:
+        """[num_words] int32, for what the host is told of the step. Grows with what requests want to know."""
+        if num_words > self._outcome.numel():
+            self._outcome = self._allocated(2 * num_words)
+        return self._outcome[:num_words]
+
+    def _allocated(self, num_words: int) -> torch.Tensor:
+        return self._backend.allocate_tensor((num_words,), torch.int32, MemoryKind.PINNED, self._device_index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +60,20 @@ class StepTokens:
             return {}
         rows = self.draw_plan.logprobs
         assert rows is not None
-        found = self.logprobs
-        ends = (rows.num_logprobs + 1).clip(max=found.token_ids.shape[1])
-        following_ranks = tuple(range(1, found.token_ids.shape[1]))
-        return {
-            row: TokenLogprobs(tuple(token_ids[:end]), tuple(logprobs[:end]), (drawn_rank, *following_ranks[: end - 1]))
-            for row, end, token_ids, logprobs, drawn_rank in zip(
-                rows.rows.tolist(),
-                ends.tolist(),
-                found.token_ids.tolist(),
-                found.logprobs.tolist(),
-                found.drawn_ranks.tolist(),
-                strict=True,
-            )
-        }
+        # Columns become lists at once, and rows of tuples by zip: a list for each row takes twice as long.
+        token_ids = zip(*self.logprobs.token_ids.numpy().T.tolist(), strict=True)
+        logprobs = zip(*self.logprobs.logprobs.numpy().T.tolist(), strict=True)
+        following_ranks = tuple(range(1, self.logprobs.token_ids.shape[1]))
+        ranks = [(rank, *following_ranks) for rank in self.logprobs.drawn_ranks.tolist()]
+        entries = map(TokenLogprobs, token_ids, logprobs, ranks)
+        if rows.num_logprobs.min() < rows.num_logprobs_max:
+            ends = (rows.num_logprobs + 1).tolist()
+            entries = map(_shortened, entries, ends)
+        return dict(zip(rows.rows.tolist(), entries, strict=True))
+
+
+def _shortened(entry: TokenLogprobs, end: int) -> TokenLogprobs:
+    return TokenLogprobs(entry.token_ids[:end], entry.logprobs[:end], entry.ranks[:end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +98,8 @@ class StepRunner:
         self._tables = DeviceTables(self.requests, self._device)
         draw_tokens = backend.token_drawing()
         self._draw_planner = DrawPlanner(self.requests.parameters, vocab_size, by_kernel=draw_tokens is not None)
-        self._sampler = Sampler(vocab_size, self._device, draw_tokens)
+        self._logit_kernels = backend.logit_kernels()
+        self._sampler = Sampler(vocab_size, self._device, draw_tokens, self._logit_kernels)
         self.decode_graphs = DecodeGraphs(model.program, kv, model.num_positions, backend, device_index)
 
     def run(self, plan: StepPlan, memory: StepMemory) -> StepTokens:
@@ -104,15 +116,33 @@ class StepRunner:
             launched = self._launch_operators(sequences, draw_plan, packer)
         else:
             launched = self._replay(captured, sequences, draw_plan, packer)
-        num_sampled = draw_plan.num_rows
-        host_drawn = memory.drawn[:num_sampled]
-        if not num_sampled:
-            return StepTokens(host_drawn, draw_plan, None)
-        tokens = self._sampler.draw(launched.logits, launched.draw_plan, self._tables.token_ids, launched.drawn)
+        if not draw_plan.num_rows:
+            return StepTokens(memory.outcome(0), draw_plan, None)
+        return self._drawn(launched, draw_plan, memory)
+
+    def _drawn(self, launched: _LaunchedModel, draw_plan: DrawPlan, memory: StepMemory) -> StepTokens:
+        """The step's tokens, and what else the host is told, in one copy."""
+        num_sampled, report_shape = draw_plan.num_rows, self._sampler.report_shape(draw_plan)
+        num_words = num_sampled + report_shape[0] * report_shape[1]
+        outcome = torch.empty(num_words, dtype=torch.int32, device=self._device)
+        report_words = outcome[num_sampled:].view(report_shape) if draw_plan.logprobs is not None else None
+        tokens = self._sampler.draw(
+            launched.logits, launched.draw_plan, self._tables.token_ids, launched.drawn, report_words
+        )
+        self._keep(launched.drawn_cells, tokens, outcome[:num_sampled])
+        host = memory.outcome(num_words)
+        host.copy_(outcome, non_blocking=True)
+        logprobs = None if report_words is None else DrawnLogprobs(host[num_sampled:].view(report_shape))
+        return StepTokens(host[:num_sampled], draw_plan, logprobs)
+
+    def _keep(self, cells: torch.Tensor, tokens: DrawnTokens, outcome: torch.Tensor) -> None:
+        """Drawn tokens become the last ones of their sequences, and are told in ``outcome`` [num_sampled] int32."""
+        if self._logit_kernels is not None:
+            self._logit_kernels.keep_drawn(tokens.token_ids, tokens.is_invalid, cells, self._tables.token_ids, outcome)
+            return
         token_ids = tokens.token_ids.to(torch.int32)
-        self._tables.keep_drawn(launched.drawn_cells, token_ids)
-        host_drawn.copy_(token_ids.masked_fill_(tokens.is_invalid, -1), non_blocking=True)
-        return StepTokens(host_drawn, draw_plan, None if tokens.logprobs is None else _on_host(tokens.logprobs))
+        self._tables.keep_drawn(cells, token_ids)
+        outcome.copy_(token_ids.masked_fill_(tokens.is_invalid, -1))
 
     def _captured_step(self, sequences: SequenceRows) -> CapturedStep | None:
         if not sequences.only_decodes:
@@ -139,14 +169,3 @@ class StepRunner:
         if drawn is not None:
             drawn = drawn[0][:num_seqs], drawn[1][:num_seqs]
         return _LaunchedModel(captured.logits[:num_seqs], draw.on(packed), drawn_cells, drawn)
-
-
-def _on_host(logprobs: DrawnLogprobs) -> DrawnLogprobs:
-    return DrawnLogprobs(_to_host(logprobs.token_ids), _to_host(logprobs.logprobs), _to_host(logprobs.drawn_ranks))
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

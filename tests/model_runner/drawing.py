@@ -9,8 +9,9 @@ import transformers
 from backends.model_runner.packed_arrays import ArrayPacker, StagingBuffer
 from backends.model_runner.sampler.device_draw_plan import PackedDrawPlan
 from backends.model_runner.sampler.draw_plan import plan_drawing
+from backends.model_runner.sampler.logprob_report import DrawnLogprobs
 from backends.model_runner.sampler.parameter_table import ParameterTable
-from backends.model_runner.sampler.sampler import DrawnLogprobs, DrawnTokens, Sampler
+from backends.model_runner.sampler.sampler import DrawnTokens, Sampler
 from sagellm.core.identity import RequestId
 from sagellm.core.request import RequestSpec
 from sagellm.core.sampling import SamplingParameters
@@ -69,7 +70,7 @@ def draw(logits: torch.Tensor, wishers: list[Wisher], device: torch.device = DEV
     )
     logprobs = drawn.logprobs
     if logprobs is not None:
-        logprobs = DrawnLogprobs(logprobs.token_ids.cpu(), logprobs.logprobs.cpu(), logprobs.drawn_ranks.cpu())
+        logprobs = DrawnLogprobs(logprobs.words.cpu())
     return DrawnTokens(drawn.token_ids.cpu(), drawn.is_invalid.cpu(), logprobs)
 
 

@@ -278,7 +278,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert drawn.logprobs.token_ids.shape == (2, 5)
     assert drawn.token_ids[1] == 5  # the bias decides, and is not seen in what is reported
     for index, row in enumerate((1, 2)):
-        ids = drawn.logprobs.token_ids[index]
+        ids = drawn.logprobs.token_ids[index].long()
         assert ids[0] == drawn.token_ids[row]
         assert torch.equal(ids[1:], expected[row].topk(4).indices)
         assert torch.allclose(drawn.logprobs.logprobs[index], expected[row][ids])

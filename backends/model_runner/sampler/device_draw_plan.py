@@ -37,10 +37,7 @@ class DeviceKernelRows:
 class DevicePenaltyRows:
     """See `PenaltyRows`."""
 
-    rows: torch.Tensor
-    table_rows: torch.Tensor
-    num_tokens: torch.Tensor
-    num_prompt_tokens: torch.Tensor
+    places: torch.Tensor
     penalties: torch.Tensor
 
 
@@ -92,7 +89,7 @@ class PackedDrawPlan:
         return DeviceDrawPlan(
             self._plan,
             None if self._random is None else DeviceRandomRows(*_views(self._random, packed)),  # type: ignore[arg-type]
-            None if self._kernel is None else DeviceKernelRows(*_views(self._kernel, packed)),  # type: ignore[arg-type]
+            None if self._kernel is None else _kernel_on(self._kernel, packed),
             None if self._penalties is None else DevicePenaltyRows(*_views(self._penalties, packed)),  # type: ignore[arg-type]
             None if self._edits is None else DeviceEditRows(*_views(self._edits, packed)),  # type: ignore[arg-type]
             None if self._logprob_rows is None else self._logprob_rows.on(packed),
@@ -116,20 +113,20 @@ def _pack_random(random: RandomRows, packer: ArrayPacker) -> tuple[PackedArray |
     )
 
 
-def _pack_kernel(rows: KernelRows, packer: ArrayPacker) -> tuple[PackedArray | None, ...]:
-    arrays = (rows.temperature, rows.seeds, rows.positions, rows.top_k, rows.top_p, rows.min_p)
-    return tuple(None if array is None else packer.add(array) for array in arrays)
+def _pack_kernel(rows: KernelRows, packer: ArrayPacker) -> tuple[PackedArray, PackedArray]:
+    return packer.add(rows.integers), packer.add(rows.floats)
+
+
+def _kernel_on(arrays: tuple[PackedArray, PackedArray], packed: ArraysOnDevice) -> DeviceKernelRows:
+    seeds, positions, *top_k = arrays[0].on(packed).unbind()
+    temperature, *rest = arrays[1].on(packed).unbind()
+    if not top_k:
+        return DeviceKernelRows(temperature, seeds, positions, None, None, None)
+    return DeviceKernelRows(temperature, seeds, positions, top_k[0], *rest)
 
 
 def _pack_penalties(penalties: PenaltyRows, packer: ArrayPacker) -> tuple[PackedArray, ...]:
-    arrays: tuple[Array, ...] = (
-        penalties.rows,
-        penalties.table_rows,
-        penalties.num_tokens,
-        penalties.num_prompt_tokens,
-        penalties.penalties,
-    )
-    return tuple(map(packer.add, arrays))
+    return packer.add(penalties.places), packer.add(penalties.penalties)
 
 
 def _pack_edits(edits: EditRows, packer: ArrayPacker) -> tuple[PackedArray, ...]:

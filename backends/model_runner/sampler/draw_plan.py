@@ -32,32 +32,52 @@ class RandomRows:
 
 @dataclass(frozen=True, slots=True)
 class KernelRows:
-    """What a `DrawTokens` kernel is told of every row: all [num_rows]."""
+    """What a `DrawTokens` kernel is told of every row, in as few arrays as there are types."""
 
-    temperature: Array  # float32
-    seeds: Array  # int64
-    positions: Array  # int64
-    top_k: Array | None  # int64
-    top_p: Array | None  # float32
-    min_p: Array | None  # float32
+    integers: Array  # [2, num_rows] int64: seeds and positions; with cut-offs [3, num_rows]: top_k, too
+    floats: Array  # [1, num_rows] float32: temperatures; with cut-offs [3, num_rows]: top_p and min_p, too
+
+    @property
+    def temperature(self) -> Array:
+        temperature: Array = self.floats[0]
+        return temperature
+
+    @property
+    def seeds(self) -> Array:
+        seeds: Array = self.integers[0]
+        return seeds
+
+    @property
+    def positions(self) -> Array:
+        positions: Array = self.integers[1]
+        return positions
 
     @property
     def has_cutoffs(self) -> bool:
-        return self.top_k is not None or self.top_p is not None or self.min_p is not None
+        return len(self.floats) > 1
+
+    def at(self, positions: Array) -> "KernelRows":
+        """The same rows at other positions of their outputs."""
+        integers = self.integers.copy()
+        integers[1] = positions
+        return KernelRows(integers, self.floats)
 
 
 @dataclass(frozen=True, slots=True)
 class PenaltyRows:
     """Rows whose logits depend on which tokens were there before."""
 
-    rows: Array  # [num_penalised] int64: of the logits
-    table_rows: Array  # [num_penalised] int64: of the token table
-    num_tokens: Array  # [num_penalised] int64: prompt and output so far
-    num_prompt_tokens: Array  # [num_penalised] int64
+    places: Array  # [4, num_penalised] int64: rows of the logits, of the token table; tokens known; of them prompt
     penalties: Array  # [3, num_penalised] float32: repetition, presence, frequency
     num_tokens_max: int
     has_repetition: bool
     has_others: bool
+
+    def at(self, num_tokens: Array) -> "PenaltyRows":
+        """The same rows once so many tokens of all the step's rows are known."""
+        places = self.places.copy()
+        places[2] = num_tokens[places[0]]
+        return PenaltyRows(places, self.penalties, int(places[2].max()), self.has_repetition, self.has_others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +179,15 @@ def _random_rows(
 
 
 def _kernel_rows(table: ParameterTable, table_rows: Array, num_tokens: Array, everything: int) -> KernelRows:
-    return KernelRows(
-        temperature=table.temperature[table_rows],
-        seeds=table.seed[table_rows].view(np.int64),
-        positions=num_tokens - table.num_prompt_tokens[table_rows],
-        top_k=table.top_k[table_rows] if everything & Wish.TOP_K else None,
-        top_p=table.top_p[table_rows] if everything & Wish.TOP_P else None,
-        min_p=table.min_p[table_rows] if everything & Wish.MIN_P else None,
-    )
+    has_cutoffs = bool(everything & (Wish.TOP_K | Wish.TOP_P | Wish.MIN_P))
+    integers = np.empty((3 if has_cutoffs else 2, table_rows.size), np.int64)
+    floats = np.empty((3 if has_cutoffs else 1, table_rows.size), np.float32)
+    integers[0] = table.seed[table_rows].view(np.int64)
+    integers[1] = num_tokens - table.num_prompt_tokens[table_rows]
+    floats[0] = table.temperature[table_rows]
+    if has_cutoffs:
+        integers[2], floats[1], floats[2] = table.top_k[table_rows], table.top_p[table_rows], table.min_p[table_rows]
+    return KernelRows(integers, floats)
 
 
 def _penalty_rows(table: ParameterTable, table_rows: Array, num_tokens: Array, wishes: Array) -> PenaltyRows:
@@ -174,10 +195,7 @@ def _penalty_rows(table: ParameterTable, table_rows: Array, num_tokens: Array, w
     chosen = table_rows[rows]
     penalties = np.ascontiguousarray(table.penalties[chosen].T)
     return PenaltyRows(
-        rows=rows,
-        table_rows=chosen,
-        num_tokens=num_tokens[rows],
-        num_prompt_tokens=table.num_prompt_tokens[chosen],
+        places=np.stack((rows, chosen, num_tokens[rows], table.num_prompt_tokens[chosen])),
         penalties=penalties,
         num_tokens_max=int(num_tokens[rows].max()),
         has_repetition=bool((penalties[0] != 1).any()),

@@ -6,9 +6,7 @@ import numpy as np
 
 from backends.model_runner.packed_arrays import Array
 from backends.model_runner.sampler.draw_plan import DrawPlan, plan_drawing
-from backends.model_runner.sampler.parameter_table import ParameterTable, Wish
-
-_OF_KERNEL = Wish.RANDOM | Wish.TOP_K | Wish.TOP_P | Wish.MIN_P
+from backends.model_runner.sampler.parameter_table import ParameterTable
 
 
 class DrawPlanner:
@@ -30,17 +28,15 @@ class DrawPlanner:
         """
         last = self._plan
         if table_rows is self._rows and self._table.num_changes == self._num_changes and last.kernel is not None:
-            kernel = last.kernel
-            positions = num_tokens - self._num_prompt_tokens
-            return replace(last, kernel=replace(kernel, positions=positions))
+            kernel = last.kernel.at(num_tokens - self._num_prompt_tokens)
+            penalties = None if last.penalties is None else last.penalties.at(num_tokens)
+            return replace(last, kernel=kernel, penalties=penalties)
         plan = plan_drawing(self._table, table_rows, num_tokens, self._vocab_size, by_kernel=self._by_kernel)
-        is_kept = plan.kernel is not None and not (self._wishes(table_rows) & ~_OF_KERNEL)
+        # Which logits are edited may change with every token.
+        is_kept = plan.kernel is not None and plan.edits is None
         self._rows = table_rows if is_kept else None
         if is_kept:
             self._num_changes = self._table.num_changes
             self._plan = plan
             self._num_prompt_tokens = self._table.num_prompt_tokens[table_rows]
         return plan
-
-    def _wishes(self, table_rows: Array) -> int:
-        return int(np.bitwise_or.reduce(self._table.wishes[table_rows]))

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from backends.base import DrawTokens
+from backends.base import DrawTokens, LogitKernels
 from backends.model_runner.sampler.cutoff import min_p_floor, top_floor
 from backends.model_runner.sampler.device_draw_plan import DeviceDrawPlan, DevicePenaltyRows, DeviceRandomRows
-from backends.model_runner.sampler.draw_plan import PenaltyRows, RandomRows
+from backends.model_runner.sampler.draw_plan import DrawPlan, LogprobRows, PenaltyRows, RandomRows
 from backends.model_runner.sampler.gumbel_noise import exponential_noise, token_hashes
 from backends.model_runner.sampler.logit_edits import apply_edits
+from backends.model_runner.sampler.logprob_report import DrawnLogprobs, num_report_words, write_logprobs
 from backends.model_runner.sampler.penalties import penalise_output, penalise_repetition
 
 _NUM_CELLS_MAX_CPU = 1 << 18
@@ -19,15 +20,6 @@ _NUM_CELLS_MAX = 1 << 25
 
 _NUM_TOKENS_PENALISED_MAX = 1 << 23
 """Of all sequences' tokens, so many are looked at at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnLogprobs:
-    """Raw log-probabilities of the rows that asked; the drawn token first, then the most likely ones."""
-
-    token_ids: torch.Tensor  # [num_reported, 1 + num_logprobs_max] int64
-    logprobs: torch.Tensor  # [num_reported, 1 + num_logprobs_max] float32
-    drawn_ranks: torch.Tensor  # [num_reported] int64, from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +35,31 @@ class Sampler:
     """The drawing of one model on one device. Holds no state of requests.
 
     With a ``draw_tokens`` kernel it draws every row, so that batch mates make no difference; plans are then
-    made ``by_kernel``.
+    made ``by_kernel``. What there is no kernel for, torch's operators do.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device, draw_tokens: DrawTokens | None = None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device,
+        draw_tokens: DrawTokens | None = None,
+        kernels: LogitKernels | None = None,
+    ) -> None:
+        self._vocab_size = vocab_size
         self._draw_tokens = draw_tokens
+        self._kernels = kernels
         self._hashes = token_hashes(vocab_size, device)
         num_cells = _NUM_CELLS_MAX_CPU if device.type == "cpu" else _NUM_CELLS_MAX
         self._num_rows_max = max(1, num_cells // vocab_size)
+
+    def report_shape(self, plan: DrawPlan) -> tuple[int, int]:
+        """Rows and words of what the plan's `DrawnLogprobs` are written to."""
+        if plan.logprobs is None:
+            return 0, 0
+        return plan.logprobs.rows.size, num_report_words(self._num_top(plan.logprobs))
+
+    def _num_top(self, rows: LogprobRows) -> int:
+        return min(rows.num_logprobs_max, self._vocab_size)
 
     def draw(
         self,
@@ -58,15 +67,17 @@ class Sampler:
         plan: DeviceDrawPlan,
         token_table: torch.Tensor,
         drawn: tuple[torch.Tensor, torch.Tensor] | None = None,
+        report_words: torch.Tensor | None = None,
     ) -> DrawnTokens:
         """Tokens for logits [num_rows, vocab_size] float32, which are overwritten.
 
         ``token_table`` [num_table_rows, num_columns] has prompt and output of every request.
         ``drawn`` is what the kernel has made of the very logits: the plan has neither edits nor penalties.
+        ``report_words`` [report_shape] int32 is where log-probabilities are written; None: somewhere.
         The order of changes is vLLM's: allowed tokens, bias, tokens held back, bad words, penalties,
         temperature, min_p, top_k, top_p.
         """
-        raw = None if plan.logprob_rows is None else logits.index_select(0, plan.logprob_rows)
+        raw = self._raw(logits, plan)
         if drawn is not None:
             token_ids, is_invalid = drawn
         elif self._draw_tokens is None:
@@ -77,10 +88,30 @@ class Sampler:
             is_invalid.index_fill_(0, plan.refused_rows, True)
         logprobs = None
         if raw is not None:
-            assert plan.logprob_rows is not None
-            assert plan.host.logprobs is not None
-            logprobs = _logprobs(raw, token_ids[plan.logprob_rows], plan.host.logprobs.num_logprobs_max)
+            if report_words is None:
+                report_words = torch.empty(self.report_shape(plan.host), dtype=torch.int32, device=logits.device)
+            logprobs = DrawnLogprobs(report_words)
+            self._report(raw, token_ids, plan, logprobs)
         return DrawnTokens(token_ids, is_invalid, logprobs)
+
+    def _raw(self, logits: torch.Tensor, plan: DeviceDrawPlan) -> torch.Tensor | None:
+        """Logits that stay as the model gave them: of the rows that are reported, or all where a kernel reports."""
+        if plan.logprob_rows is None:
+            return None
+        if self._kernels is None:
+            return logits.index_select(0, plan.logprob_rows)
+        return logits if plan.edits is None and plan.penalties is None else logits.clone()
+
+    def _report(
+        self, raw: torch.Tensor, token_ids: torch.Tensor, plan: DeviceDrawPlan, logprobs: DrawnLogprobs
+    ) -> None:
+        assert plan.logprob_rows is not None
+        assert plan.host.logprobs is not None
+        num_top = self._num_top(plan.host.logprobs)
+        if self._kernels is None:
+            write_logprobs(raw, token_ids[plan.logprob_rows], num_top, logprobs)
+        else:
+            self._kernels.report_logprobs(raw, plan.logprob_rows, token_ids, num_top, logprobs.words)
 
     def _drawn_by_torch(
         self, logits: torch.Tensor, plan: DeviceDrawPlan, token_table: torch.Tensor
@@ -121,16 +152,19 @@ class Sampler:
     def _penalise(
         self, logits: torch.Tensor, rows: DevicePenaltyRows, host: PenaltyRows, token_table: torch.Tensor
     ) -> None:
+        if self._kernels is not None:
+            self._kernels.penalise(logits, rows.places, rows.penalties, token_table, host.num_tokens_max)
+            return
         num_rows_max = max(1, _NUM_TOKENS_PENALISED_MAX // host.num_tokens_max)
-        for start in range(0, host.rows.size, num_rows_max):
+        for start in range(0, rows.places.shape[1], num_rows_max):
             part = slice(start, start + num_rows_max)
-            logit_rows, num_tokens = rows.rows[part], rows.num_tokens[part]
-            token_ids = token_table[:, : host.num_tokens_max].index_select(0, rows.table_rows[part]).to(torch.int64)
+            logit_rows, table_rows, num_tokens, num_prompt_tokens = rows.places[:, part]
+            token_ids = token_table[:, : host.num_tokens_max].index_select(0, table_rows).to(torch.int64)
             repetition, others = rows.penalties[0, part], rows.penalties[1:, part]
             if host.has_repetition:
                 penalise_repetition(logits, logit_rows, token_ids, num_tokens, repetition)
             if host.has_others:
-                penalise_output(logits, logit_rows, token_ids, num_tokens, rows.num_prompt_tokens[part], others)
+                penalise_output(logits, logit_rows, token_ids, num_tokens, num_prompt_tokens, others)
 
     def _draw_random(self, logits: torch.Tensor, rows: DeviceRandomRows, host: RandomRows) -> torch.Tensor:
         """[num_random] int64, part by part; no part has rows of two kinds of cut-off."""
@@ -167,12 +201,3 @@ class Sampler:
 def _not_finite(logits: torch.Tensor) -> torch.Tensor:
     """[num_rows] bool: whether a row has infinite logits, or some that are no numbers."""
     return logits.sum(1).isfinite().logical_not_()
-
-
-def _logprobs(raw: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> DrawnLogprobs:
-    """Of logits [num_reported, vocab_size] as the model gave them."""
-    logprobs = raw.log_softmax(1)
-    drawn = logprobs.gather(1, token_ids.unsqueeze(1))
-    ranks = (logprobs > drawn).sum(1).add_(1)
-    top = logprobs.topk(min(num_logprobs, raw.shape[1]), 1)
-    return DrawnLogprobs(torch.cat((token_ids.unsqueeze(1), top.indices), 1), torch.cat((drawn, top.values), 1), ranks)

@@ -54,6 +54,8 @@ class DecodeGraphs:
         self._steps: dict[int, CapturedStep] = {}
         self._sizes: tuple[int, ...] = ()
         self._inputs: CapturedInputs | None = None  # graphs know where it is, and do not keep it there
+        self._failure = ""  # why not all sizes are captured
+        self._num_seqs_failed = 0
         self.capture_s = 0.0
         self.memory_bytes = 0
 
@@ -63,8 +65,8 @@ class DecodeGraphs:
     def capture(self, num_seqs_max: int, terminal: TextIO) -> None:
         """Capture steps of up to so many sequences, large ones first, whose memory serves the smaller ones.
 
-        What is captured writes to nobody's block only. Where a step cannot be captured, one line of warning
-        says why, and no more are captured: smaller ones then run as the smallest that was, or operator by operator.
+        What is captured writes to nobody's block only. Where a step cannot be captured, no more are: smaller ones
+        then run as the smallest that was, or operator by operator (`warn_of_failure`).
         """
         begin_bytes = self._reserved_bytes()
         sizes = captured_sizes(num_seqs_max)
@@ -88,7 +90,8 @@ class DecodeGraphs:
         except Exception as error:  # a compiler's errors have nothing in common
             if not is_of_device(error):
                 raise
-            self._warn(_first_line(error), next(size for size in reversed(sizes) if size not in self._steps))
+            self._failure = _first_line(error)
+            self._num_seqs_failed = next(size for size in reversed(sizes) if size not in self._steps)
         if not self._steps:
             self._inputs = None
         self._sizes = sizes_worth_keeping({size: self._replayed_s(step) for size, step in self._steps.items()})
@@ -96,13 +99,19 @@ class DecodeGraphs:
         self.capture_s = progress.end(f", {self.memory_bytes / _GIB:.2f} GiB")
 
     def give_up(self, reason: str) -> None:
-        """Let go of all that was captured; from now on steps are launched operator by operator. Says so, and why."""
-        num_seqs = max(self._steps, default=0)
+        """Let go of all that was captured; from now on steps are launched operator by operator."""
+        if self._steps:
+            self._failure, self._num_seqs_failed = reason, max(self._steps)
         self._steps.clear()
         self._sizes, self._inputs, self.memory_bytes = (), None, 0
         self._reserved_bytes()  # the allocator gives back what nobody holds any more
-        if num_seqs:
-            self._warn(reason, num_seqs)
+
+    def warn_of_failure(self) -> None:
+        """One line, where not all sizes are captured, that says what steps do instead, and why."""
+        if self._failure:
+            instead = f"filled up to {min(self._steps)}" if self._steps else "launched operator by operator"
+            what = f"decode steps of up to {self._num_seqs_failed} sequences are {instead}, not captured"
+            _LOG.warning("%s: %s: %s", self._device_name(), what, self._failure)
 
     def _replayed_s(self, step: CapturedStep) -> float:
         """The least of some times."""
@@ -141,11 +150,6 @@ class DecodeGraphs:
         if largest is not None:
             logits = largest.logits[:size].copy_(logits)
         return logits, None if self._draw_tokens is None else self._draw_tokens(logits, *inputs.drawing(size))
-
-    def _warn(self, reason: str, num_seqs: int) -> None:
-        instead = f"filled up to {min(self._steps)}" if self._steps else "launched operator by operator"
-        name = self._device_name()
-        _LOG.warning("%s: decode steps of up to %d sequences are %s, not captured: %s", name, num_seqs, instead, reason)
 
     def _device_name(self) -> str:
         return f"{self._backend.name}:{self._device_index}"

@@ -1,5 +1,7 @@
 """What went wrong on a device, read from what was raised: memory, a kernel's compiler, or something else."""
 
+import traceback
+
 import torch
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
@@ -28,3 +30,15 @@ def first_line(error: BaseException) -> str:
     """The first line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def let_go_of_frames(error: BaseException) -> None:
+    """Have the error, and those that it came of, hold no tensor any more: as long as it does, memory is not free."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            traceback.clear_frames(each.__traceback__)
+            waiting += [each.__cause__, each.__context__]

@@ -34,8 +34,7 @@ def started_runner(
     # Another one than was warmed up, whose tables have grown as long as any request can be.
     runner = StepRunner(model, kv, backend, index)
     if capabilities.graph_capture and model.is_worth_capturing:
-        runner.decode_graphs.capture(settings.instance.max_num_seqs, sys.stderr)
-        _refill(settings, backend, model, kv, runner, lots[:_NUM_LARGE])
+        _capture(settings, backend, model, kv, runner, lots[:_NUM_LARGE])
     kv.clear()
     return runner, kv
 
@@ -52,8 +51,8 @@ def _loaded(settings: ExecutorSettings, backend: HardwareBackend, load: LoadMode
         if not is_out_of_memory(error):
             raise
         raise ExecutorError(
-            f"model: the weights of {settings.model} do not fit into the memory of {device_name(settings)}, of which "
-            f"{_free_gib(settings, backend):.1f} GiB are free; give it a smaller model or a larger device"
+            f"model: the weights of {settings.model} do not fit into the memory of {device_name(settings)}; "
+            "give it a smaller model or a larger device, or end what else uses it"
         ) from error
 
 
@@ -78,7 +77,7 @@ def _kv_memory(settings: ExecutorSettings, backend: HardwareBackend, model: Load
         raise refusal from error
 
 
-def _refill(
+def _capture(
     settings: ExecutorSettings,
     backend: HardwareBackend,
     model: LoadedModel,
@@ -86,20 +85,24 @@ def _refill(
     runner: StepRunner,
     lots: tuple[WarmUp, ...],
 ) -> None:
-    """Have the allocator hold what large steps need; capturing gave that back.
+    """Capture decode steps, then have the allocator hold again what large steps need; capturing gave that back.
 
     Where graphs leave too little for that, they go: the steps ran without them before.
     """
+    graphs = runner.decode_graphs
     try:
+        graphs.capture(settings.instance.max_num_seqs, sys.stderr)
         _run_all(lots, settings, backend, model, kv, None)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         reason = first_line(error)
     else:
+        graphs.warn_of_failure()
         return
-    runner.decode_graphs.give_up(reason)
+    graphs.give_up(reason)
     _warm_up(settings, backend, model, kv, lots)
+    graphs.warn_of_failure()
 
 
 def _warm_up(

@@ -8,7 +8,6 @@ before it runs.
 import queue
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 
 from backends.base import HardwareBackend
 from backends.executor_settings import ExecutorSettings
-from backends.model_runner.device_failures import first_line, is_of_device, is_out_of_memory
+from backends.model_runner.device_failures import first_line, is_of_device, is_out_of_memory, let_go_of_frames
 from backends.model_runner.executor_error import ExecutorError
 from backends.model_runner.kv_blocks import KVBlocks
 from backends.model_runner.loaded_model import LoadModel, load_model
@@ -87,7 +86,8 @@ class TorchStepExecutor:
             self._start_thread(self._report_launched, "executor-report")
         try:
             self._ask(self._load).result()
-        except BaseException:
+        except BaseException as error:
+            let_go_of_frames(error)  # of the thread that launches: they have the model and its KV
             self.close()
             raise
 
@@ -181,7 +181,7 @@ class TorchStepExecutor:
         """Whether the device still works after a step failed. It is asked, since an error of its own stays."""
         if is_out_of_memory(error):
             # What the step held up to there can only be given back once its frames do not hold it any more.
-            traceback.clear_frames(error.__traceback__)
+            let_go_of_frames(error)
             self._backend.release_cached_memory()
         try:
             self._backend.synchronize(self._device_index)

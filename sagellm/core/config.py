@@ -35,6 +35,8 @@ class InstanceConfig:
     max_num_chunks: int = 0  # prompts of which one step computes some; 0: as many as max_num_seqs
     max_chunk_tokens: int = 0  # of one prompt in one step; 0: as many as the step has room for
     steps_in_flight_max: int = 2
+    plan_lead_ns: int = 0
+    """The second step in flight is planned so long before the first is expected to end; 0: as soon as it can be."""
     prefix_caching: bool = True
     eviction: str = "lru"
     watermark_blocks: int = 0  # free blocks kept back when a waiting request is admitted
@@ -52,6 +54,10 @@ class InstanceConfig:
                 raise ValueError(f"{name}: {getattr(self, name)}, must be 1 or more, or 0 for no limit of its own")
         if self.steps_in_flight_max > 2:
             raise ValueError(f"steps_in_flight_max: {self.steps_in_flight_max}, must be 1 or 2")
+        if self.plan_lead_ns < 0 or (self.plan_lead_ns and self.repeat_max > 1):
+            raise ValueError(
+                f"plan_lead_ns: {self.plan_lead_ns}, must be 0, or more where steps are not repeated (repeat_max 1)"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens: {self.max_num_batched_tokens}, must be at least max_num_seqs "

@@ -39,6 +39,7 @@ from sagellm.runtime.kv_sender import KVSender, release_of
 from sagellm.runtime.local_request import IN_STEPS, LocalRequest, RequestState
 from sagellm.runtime.output_tokens import take_tokens, without
 from sagellm.runtime.scheduler.step_scheduler import StepScheduler
+from sagellm.runtime.step_pace import StepPace
 from sagellm.runtime.steps_in_flight import Return, StepInFlight, StepsInFlight
 
 _ChangeOfPlan = ReserveKV | AbortRequest | ReleaseKV | SourceLost | DecodeHere | HandoverFinished | KVReserved
@@ -56,6 +57,7 @@ class Instance:
         self._requests: dict[RequestId, LocalRequest] = {}
         self._receiver = KVReceiver(config.instance_id, self._scheduler)
         self._steps = StepsInFlight(self._scheduler, config.steps_in_flight_max)
+        self._pace = StepPace(config.plan_lead_ns) if config.plan_lead_ns else None
         self._tried_out: list[LocalRequest] = []
         self._inbox: list[_DeferredEvent] = []
         self._handover_inbox: list[_HandoverEvent] = []
@@ -70,12 +72,16 @@ class Instance:
         self._now_ns = now_ns
         if type(event) is StepFinished:
             self._steps.finished(event)
+            if self._pace is not None:
+                self._pace.ended(now_ns)
         elif type(event) is StepProgressed:
             self._steps.progressed(event)
         elif type(event) is AssignRequest:
             self._inbox.append(event)
         elif isinstance(event, StepFailed):
             self._steps.failed_to_come_back(event)
+            if self._pace is not None:
+                self._pace.failed(now_ns)
         elif isinstance(event, KVReserved | KVTransferred | KVTransferFailed):
             self._handover_inbox.append(event)
         else:
@@ -97,7 +103,7 @@ class Instance:
                 self._roll_back(step, clock)
         if not sender_is_idle or not self._sender.is_idle:
             self._hand_over(effects, now_ns)
-        while steps.num_free:
+        while steps.num_free and (self._pace is None or self._pace.plan_ns() <= now_ns):
             if not self._decide(effects):
                 break
         if not self._sender.is_idle:
@@ -105,8 +111,14 @@ class Instance:
         return tuple(effects)
 
     def deadline_ns(self) -> int | None:
-        """When the first KV transfer under way runs out of time."""
-        return self._sender.deadline_ns()
+        """When the first KV transfer under way runs out of time, or a step that is held back is to be planned."""
+        deadline_ns = self._sender.deadline_ns()
+        if self._pace is None:
+            return deadline_ns
+        plan_ns = self._pace.plan_ns()
+        if plan_ns <= self._now_ns:
+            return deadline_ns
+        return plan_ns if deadline_ns is None else min(plan_ns, deadline_ns)
 
     # --- steps that come back ---------------------------------------------------------------------
 
@@ -262,6 +274,8 @@ class Instance:
         is_unsettled = may_stop or bool(plan.preempted_request_ids)
         repeat_max = 1 if is_unsettled else scheduler.repeat_max(plan.chunks)
         step_id = self._steps.launch(plan, repeat_max)
+        if self._pace is not None:
+            self._pace.launched(plan, self._now_ns)
         return RunStep(
             instance_id=self.config.instance_id,
             step_id=step_id,

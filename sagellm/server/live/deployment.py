@@ -11,6 +11,9 @@ from sagellm.cluster.description import ClusterDescription
 from sagellm.core.config import ControlPlaneConfig
 from sagellm.core.identity import InstanceId
 
+PLAN_LEAD_NS = 2_000_000
+"""Several times what the host takes to plan and launch a step."""
+_HOSTS = ("cpu", "none")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -80,7 +83,7 @@ def deploy(
             )
         index = _next_device(own_backend, num_taken, num_devices or {}, instance_id)
         settings = ExecutorSettings(
-            instance=replace(each.config, repeat_max=1),
+            instance=replace(each.config, repeat_max=1, plan_lead_ns=_plan_lead_ns(own_backend)),
             model=cluster.model,
             backend=own_backend,
             device_indexes=(0 if index is None else index,),
@@ -93,6 +96,11 @@ def deploy(
         device = own_backend if index is None else f"{own_backend}:{index}"
         instances.append(DeployedInstance(settings, device))
     return Deployment(cluster.name, cluster.model, built.control_plane, tuple(instances))
+
+
+def _plan_lead_ns(backend: str) -> int:
+    """A device of its own is given its next step late; one that is the host is never ahead of it."""
+    return 0 if backend in _HOSTS else PLAN_LEAD_NS
 
 
 def _next_device(

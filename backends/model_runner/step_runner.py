@@ -1,6 +1,7 @@
 """Runs one step: from a plan to tokens on their way to the host. Everything is launched, nothing is waited for."""
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 
@@ -63,8 +64,8 @@ class StepTokens:
         # Columns become lists at once, and rows of tuples by zip: a list for each row takes twice as long.
         token_ids = zip(*self.logprobs.token_ids.numpy().T.tolist(), strict=True)
         logprobs = zip(*self.logprobs.logprobs.numpy().T.tolist(), strict=True)
-        following_ranks = tuple(range(1, self.logprobs.token_ids.shape[1]))
-        ranks = [(rank, *following_ranks) for rank in self.logprobs.drawn_ranks.tolist()]
+        following_ranks = range(1, self.logprobs.token_ids.shape[1])
+        ranks = zip(self.logprobs.drawn_ranks.tolist(), *map(repeat, following_ranks), strict=False)
         entries = map(TokenLogprobs, token_ids, logprobs, ranks)
         if rows.num_logprobs.min() < rows.num_logprobs_max:
             ends = (rows.num_logprobs + 1).tolist()

@@ -6,6 +6,9 @@ The program gives the same logits at once, so what is left is the bookkeeping of
 the inputs, the launches of the sampler, and the outcome. On an accelerator only launches are timed, the replay of
 a device graph among them where it has them, and the device is waited for between steps; on the CPU the sampler's
 work is in the time, so its vocabulary is small. On a busy machine the fastest quarter says more than the median.
+
+*launch* is what the launching thread does, *report* what the reporting one does once the device is done: it makes
+Python's objects of what came back. All kinds of sampling are timed in one run.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import json
 import statistics
 import sys
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter_ns
 
@@ -36,13 +40,30 @@ PROMPT_TOKENS = 100
 NUM_BLOCKS_EACH = 16
 TARGET_US = 300
 
-CASES = {
+_KINDS = {
     "greedy": GREEDY,
     "temperature": SamplingParameters(temperature=0.8),
     "top_k 20, top_p 0.8": SamplingParameters(temperature=0.7, top_k=20, top_p=0.8),
+    "top_p 0.95": SamplingParameters(top_p=0.95),
+    "min_p 0.05": SamplingParameters(min_p=0.05),
     "repetition penalty": SamplingParameters(temperature=0.7, repetition_penalty=1.05),
+    "all penalties": SamplingParameters(repetition_penalty=1.05, presence_penalty=0.5, frequency_penalty=0.2),
     "5 logprobs": SamplingParameters(temperature=0.0, num_logprobs=5),
+    "20 logprobs": SamplingParameters(temperature=0.0, num_logprobs=20),
 }
+CASES = {**{name: (sampling,) for name, sampling in _KINDS.items()}, "each another of these": tuple(_KINDS.values())}
+
+
+@dataclass(frozen=True, slots=True)
+class HostTime:
+    """Of one step, in nanoseconds."""
+
+    launch_ns: int
+    report_ns: int
+
+    @property
+    def both_us(self) -> float:
+        return (self.launch_ns + self.report_ns) / 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +81,9 @@ class IdleProgram:
 
 
 class Bench:
-    """A runner with requests that decode."""
+    """A runner with requests that decode, which want ``samplings`` in turn."""
 
-    def __init__(self, backend: HardwareBackend, sampling: SamplingParameters, vocab_size: int) -> None:
+    def __init__(self, backend: HardwareBackend, samplings: tuple[SamplingParameters, ...], vocab_size: int) -> None:
         self._backend = backend
         device = backend.torch_device(0)
         program = IdleProgram(torch.randn(NUM_DECODES, vocab_size, device=device))
@@ -73,7 +94,7 @@ class Bench:
         self._ids = tuple(RequestId(str(index)) for index in range(NUM_DECODES))
         self._num_tokens = [PROMPT_TOKENS + index % BLOCK_SIZE for index in range(NUM_DECODES)]
         self._num_blocks = [0] * NUM_DECODES
-        for request_id, num_tokens in zip(self._ids, self._num_tokens, strict=True):
+        for request_id, num_tokens, sampling in zip(self._ids, self._num_tokens, cycle(samplings), strict=False):
             self._runner.requests.add(
                 RequestSpec(request_id, 0, num_tokens, 3000, prompt_token_ids=(1,) * num_tokens, sampling=sampling), ()
             )
@@ -85,8 +106,8 @@ class Bench:
         if backend.capabilities(0).graph_capture:
             self._runner.decode_graphs.capture(NUM_DECODES, sys.stderr)
 
-    def step_ns(self) -> int:
-        """Nanoseconds that one more decode step takes the host."""
+    def step(self) -> HostTime:
+        """What one more decode step takes the host."""
         plan = StepPlan(self._ids, sum(self._num_tokens), (), self._new_blocks())
         return self._run(plan)
 
@@ -103,25 +124,39 @@ class Bench:
             self._num_tokens[index] += 1
         return tuple(new)
 
-    def _run(self, plan: StepPlan) -> int:
+    def _run(self, plan: StepPlan) -> HostTime:
         begin_ns = perf_counter_ns()
         tokens = self._runner.run(plan, self._memory)
         launched_ns = perf_counter_ns()
         self._backend.synchronize(0)
         waited_ns = perf_counter_ns()
-        tokens.token_ids()
-        tokens.token_logprobs()
-        return launched_ns - begin_ns + perf_counter_ns() - waited_ns
+        told = tokens.token_ids(), tokens.token_logprobs()
+        end_ns = perf_counter_ns()
+        assert len(told[0]) == plan.num_seqs
+        return HostTime(launched_ns - begin_ns, end_ns - waited_ns)
 
 
-def measure(backend: HardwareBackend, sampling: SamplingParameters, vocab_size: int, num_steps: int) -> list[int]:
-    """Nanoseconds of each step."""
+def measure(
+    backend: HardwareBackend, samplings: tuple[SamplingParameters, ...], vocab_size: int, num_steps: int
+) -> list[HostTime]:
+    """Of each step."""
     with torch.inference_mode():
-        bench = Bench(backend, sampling, vocab_size)
+        bench = Bench(backend, samplings, vocab_size)
         for _ in range(5):
-            bench.step_ns()
+            bench.step()
         gc.collect()
-        return [bench.step_ns() for _ in range(num_steps)]
+        return [bench.step() for _ in range(num_steps)]
+
+
+def summary(times: list[HostTime]) -> dict[str, float]:
+    both_us = sorted(time.both_us for time in times)
+    return {
+        "min_us": both_us[0],
+        "p25_us": both_us[len(both_us) // 4],
+        "median_us": statistics.median(both_us),
+        "launch_median_us": statistics.median(time.launch_ns / 1000 for time in times),
+        "report_median_us": statistics.median(time.report_ns / 1000 for time in times),
+    }
 
 
 def main() -> None:
@@ -134,12 +169,12 @@ def main() -> None:
     torch.set_num_threads(1)
     backend = get_backend(arguments.backend)
     print(f"{backend.get_device_info(0).name}; {NUM_DECODES} decodes; target {TARGET_US} us a step, median")
+    print(f"{'us':24}{'min':>9}{'p25':>9}{'median':>9}{'launch':>9}{'report':>9}")
     results = {}
-    for name, sampling in CASES.items():
-        us = sorted(ns / 1000 for ns in measure(backend, sampling, arguments.vocab_size, arguments.steps))
-        row = {"min_us": us[0], "p25_us": us[len(us) // 4], "median_us": statistics.median(us)}
+    for name, samplings in CASES.items():
+        row = summary(measure(backend, samplings, arguments.vocab_size, arguments.steps))
         results[name] = row
-        print(f"{name:24} min {us[0]:7.0f}, p25 {row['p25_us']:7.0f}, median {row['median_us']:7.0f} us")
+        print(f"{name:24}" + "".join(f"{value:9.0f}" for value in row.values()), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -26,6 +26,9 @@ class StepInputs:
     num_decodes: int  # sequences of one row at the front
     query_len_max: int
     context_len_max: int
+    decode_count: "torch.Tensor | None" = None
+    """[1] int32, in captured steps with prompts: how many of the ``num_decodes`` sequences have a row. The others, and
+    prompts that there are not, have a context of 0 tokens; rows beyond the last prompt's are nobody's."""
 
 
 @dataclass(slots=True)

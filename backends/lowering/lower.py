@@ -16,7 +16,7 @@ from backends.operators.rotary_table import rotary_table
 from backends.step_inputs import StepInputs
 from sagellm.models.rope import Rope
 from sagellm.runtime.execution_graph.ir import ExecutionGraph, Node
-from sagellm.runtime.execution_graph.operators import AllReduce, Attention, KVSend
+from sagellm.runtime.execution_graph.operators import AllReduce, Attention, KVSend, SelectRows
 from sagellm.runtime.execution_graph.passes.scheduling import cross_stream_waits
 
 
@@ -95,6 +95,7 @@ class _Lowering:
             registers=ProgramRegisters(
                 count=registers.count,
                 inputs={name: registers.by_name[name] for name in graph.inputs},
+                hidden=registers.by_name[_hidden_name(graph)],
                 output=registers.by_name[logits.name],
             ),
             prepare_attention=tuple(self._prepare(window) for window in self._windows),
@@ -147,6 +148,11 @@ class _Lowering:
             return prepare(inputs, block_size=block_size, sliding_window=sliding_window)
 
         return prepared
+
+
+def _hidden_name(graph: ExecutionGraph) -> str:
+    """The last tensor that has all rows of a step."""
+    return next(node.inputs[0] for node in graph.nodes if isinstance(node.operator, SelectRows))
 
 
 def _plain(

@@ -20,6 +20,7 @@ class ProgramRegisters:
 
     count: int
     inputs: dict[str, int]  # by the names of the graph's inputs
+    hidden: int  # the last hidden states, of all rows
     output: int
 
 
@@ -49,6 +50,7 @@ class GraphProgram:
         self._steps = tuple((launch.run, launch.dead) for launch in launches)
         on_the_side = device.type != "cpu" and any(launch.stream != "compute" for launch in launches)
         self._streams = SideStreams(launches, device) if on_the_side else None
+        self._num_body = next(index for index, launch in enumerate(launches) if launch.operator == "select_rows")
 
     def run(self, inputs: StepInputs, kv: KVTensors, kv_sends: KVSends | None = None) -> torch.Tensor:
         """Write this step's K and V into the cache; logits [num_sampled, vocab_size] in float32.
@@ -56,25 +58,47 @@ class GraphProgram:
         ``kv_sends`` is what the graph's ``KVSend`` nodes stage; without it they have nothing to do. All work,
         on whatever stream, is over when what the caller's stream has been given is.
         """
+        step = self._begin(inputs, kv, self.attention_inputs(inputs, kv), kv_sends)
+        if self._streams is None:
+            _run_in_order(self._steps, step)
+        else:
+            self._streams.run(step)
+        logits: torch.Tensor = step.registers[self._registers.output]
+        # A copy is the caller's stream's own; the original may be another stream's, and be handed out there again.
+        return logits.float() if self._streams is None else logits.to(torch.float32, copy=True)
+
+    def hidden(self, inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
+        """Write this step's K and V into the cache; the last hidden states [num_tokens, hidden_size], normed."""
+        assert self._streams is None, "a step in two parts runs on one stream"
+        step = self._begin(inputs, kv, self.attention_inputs(inputs, kv), None)
+        _run_in_order(self._steps[: self._num_body], step)
+        hidden: torch.Tensor = step.registers[self._registers.hidden]
+        return hidden
+
+    def logits(self, hidden: torch.Tensor, inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
+        """What ``run`` gives, from what ``hidden`` gave: of the sampled rows, [num_sampled, vocab_size] float32."""
+        step = self._begin(inputs, kv, [], None)
+        step.registers[self._registers.hidden] = hidden
+        _run_in_order(self._steps[self._num_body :], step)
+        logits: torch.Tensor = step.registers[self._registers.output]
+        return logits.float()
+
+    def _begin(
+        self, inputs: StepInputs, kv: KVTensors, attention_inputs: list[Any], kv_sends: KVSends | None
+    ) -> StepState:
         registers: list[Any] = [None] * self._registers.count
         for name, register in self._registers.inputs.items():
             registers[register] = getattr(inputs, name)
-        step = StepState(registers, inputs, kv, self.attention_inputs(inputs, kv), kv_sends)
-        if self._streams is None:
-            self._run_in_order(step)
-        else:
-            self._streams.run(step)
-        logits: torch.Tensor = registers[self._registers.output]
-        # A copy is the caller's stream's own; the original may be another stream's, and be handed out there again.
-        return logits.float() if self._streams is None else logits.to(torch.float32, copy=True)
+        return StepState(registers, inputs, kv, attention_inputs, kv_sends)
 
     def attention_inputs(self, inputs: StepInputs, kv: KVTensors) -> list[Any]:
         """What the attention kernel wants of a step, for each sliding window of the model."""
         return [prepare(inputs, kv.block_size) for prepare in self._prepare_attention]
 
-    def _run_in_order(self, step: StepState) -> None:
-        registers = step.registers
-        for launch, dead in self._steps:
-            launch(step)
-            for register in dead:
-                registers[register] = None
+
+def _run_in_order(launches: tuple[tuple[Callable[[StepState], None], tuple[int, ...]], ...], step: StepState) -> None:
+    registers = step.registers
+    for launch, dead in launches:
+        launch(step)
+        for register in dead:
+            registers[register] = None

@@ -6,6 +6,10 @@ _SMALL = (1, 2, 4)
 _STRIDE = 8
 _STRIDE_OF_MANY = 16
 _MANY = 256
+_TOKENS_LEAST = 16
+_TOKENS_STRIDE = 32
+NUM_TOKENS_CAPTURED_MAX = 512
+"""Of steps with prompts. Longer ones keep the device busy for longer than the host takes to launch them."""
 _WORTH_A_SIZE = 1.02  # of the duration of a larger one; less is noise
 NUM_SEQS_CAPTURED_MAX = 512
 """Beyond it the device is busy for longer than the host takes to launch a step."""
@@ -15,6 +19,13 @@ def captured_sizes(num_seqs_max: int) -> tuple[int, ...]:
     """1, 2, 4, then every eighth, from 256 on every sixteenth; ``num_seqs_max``, if not beyond, is the last."""
     last = min(num_seqs_max, NUM_SEQS_CAPTURED_MAX)
     regular = (*_SMALL, *range(_STRIDE, _MANY, _STRIDE), *range(_MANY, last, _STRIDE_OF_MANY))
+    return (*(size for size in regular if size < last), last)
+
+
+def mixed_sizes(num_tokens_max: int) -> tuple[int, ...]:
+    """16, then every 32nd; ``num_tokens_max``, if not beyond what is worth while, is the last."""
+    last = min(num_tokens_max, NUM_TOKENS_CAPTURED_MAX)
+    regular = (_TOKENS_LEAST, *range(_TOKENS_STRIDE, last, _TOKENS_STRIDE))
     return (*(size for size in regular if size < last), last)
 
 

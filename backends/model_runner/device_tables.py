@@ -11,6 +11,7 @@ import torch
 
 from backends.model_runner.captured_inputs import NUM_PLACES, table_width
 from backends.model_runner.decode_graphs import CapturedStep
+from backends.model_runner.mixed_graphs import NUM_PROMPTS_MAX, CapturedMixedStep
 from backends.model_runner.packed_arrays import Array, ArrayPacker, ArraysOnDevice, PackedArray
 from backends.model_runner.request_table import BlockWrite, RequestTable, SequenceRows, TokenWrite
 from backends.model_runner.sampler.draw_plan import KernelRows
@@ -20,6 +21,7 @@ from backends.step_inputs import StepInputs
 PackedWrites = tuple[PackedArray, PackedArray]  # cells and their values
 _NUM_CELLS = 3  # of input tokens, rows of the table, cells of drawn tokens
 _INT64 = np.dtype(np.int64)
+_INT32 = np.dtype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,20 @@ class PackedDecodes:
     room: PackedArray  # [_NUM_CELLS + NUM_PLACES, num_seqs of the captured step] int64
     num_seqs: int
     context_len_max: int
+    token_writes: PackedWrites | None
+    block_writes: PackedWrites | None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMixed:
+    """The same of a captured step with prompts."""
+
+    arrays: StepArrays
+    cells: PackedArray  # [3, num_tokens of the captured step] int64: of input tokens; positions; slots
+    table_rows: PackedArray
+    lengths: PackedArray  # see `MixedInputs.lengths`
+    sampled_rows: PackedArray
+    sampled_cells: PackedArray
     token_writes: PackedWrites | None
     block_writes: PackedWrites | None
 
@@ -92,6 +108,33 @@ class DeviceTables:
         token_writes, block_writes = self._pack_writes(packer)
         return PackedDecodes(place, num_seqs, sequences.context_len_max, token_writes, block_writes)
 
+    def pack_mixed(self, arrays: StepArrays, captured: CapturedMixedStep, packer: ArrayPacker) -> PackedMixed:
+        """As `pack`, for a captured step with prompts, in its form: see `MixedInputs`."""
+        num_tokens, num_seqs, num_decodes = arrays.positions.size, arrays.table_rows.size, arrays.num_decodes
+        num_decodes_max = captured.num_decodes_max
+        num_seqs_max = num_decodes_max + NUM_PROMPTS_MAX
+        end_prompts = num_decodes_max + num_seqs - num_decodes
+        cells, cells_place = packer.room((3, captured.num_tokens), _INT64)
+        cells[:, num_tokens:] = 0
+        cells[2, num_tokens:] = captured.inputs.spare_slot
+        cells[0, :num_tokens], cells[1, :num_tokens] = arrays.token_cells, arrays.positions
+        cells[2, :num_tokens] = arrays.slot_mapping
+        rows, rows_place = packer.room((num_seqs_max,), _INT64)
+        rows[:] = 0
+        rows[:num_decodes] = arrays.table_rows[:num_decodes]
+        rows[num_decodes_max:end_prompts] = arrays.table_rows[num_decodes:]
+        lengths, lengths_place = packer.room((2 * num_seqs_max + 1,), _INT32)
+        starts, context_lens = lengths[: num_seqs_max + 1], lengths[num_seqs_max + 1 :]
+        starts[:num_decodes] = arrays.query_starts[:num_decodes]
+        starts[num_decodes:num_decodes_max] = num_decodes
+        starts[num_decodes_max : end_prompts + 1] = arrays.query_starts[num_decodes:]
+        starts[end_prompts + 1 :] = num_tokens
+        context_lens[:] = 0
+        context_lens[:num_decodes] = arrays.context_lens[:num_decodes]
+        context_lens[num_decodes_max:end_prompts] = arrays.context_lens[num_decodes:]
+        sampled = packer.add(arrays.sampled_rows), packer.add(arrays.sampled_cells)
+        return PackedMixed(arrays, cells_place, rows_place, lengths_place, *sampled, *self._pack_writes(packer))
+
     def _pack_writes(self, packer: ArrayPacker) -> tuple[PackedWrites | None, PackedWrites | None]:
         self._fit()
         table = self._table
@@ -135,11 +178,22 @@ class DeviceTables:
         torch.index_select(tables, 0, room[1], out=captured.block_tables[:, : tables.shape[1]])
         return room[2, : step.num_seqs]
 
+    def fill_mixed(self, captured: CapturedMixedStep, step: PackedMixed, packed: ArraysOnDevice) -> None:
+        """Put the step's inputs where the captured step reads them. Brings the tables up to date first."""
+        self._update(step, packed)
+        inputs, num_tokens = captured.inputs, captured.num_tokens
+        cells = step.cells.on(packed)
+        inputs.places(num_tokens).copy_(cells[1:])
+        inputs.lengths(num_tokens).copy_(step.lengths.on(packed))
+        torch.index_select(self.token_ids.view(-1), 0, cells[0], out=inputs.token_ids[:num_tokens])
+        tables, rows = self._tables_for(step.arrays.context_len_max), step.table_rows.on(packed)
+        torch.index_select(tables, 0, rows, out=inputs.block_tables[: rows.shape[0], : tables.shape[1]])
+
     def _tables_for(self, context_len_max: int) -> torch.Tensor:
         """As many columns of all block tables as the longest context has blocks, or a few more."""
         return self._block_ids[:, : table_width(-(-context_len_max // self._table.block_size))]
 
-    def _update(self, step: PackedStep | PackedDecodes, packed: ArraysOnDevice) -> None:
+    def _update(self, step: PackedStep | PackedDecodes | PackedMixed, packed: ArraysOnDevice) -> None:
         # The host's lists are cleared only now: a step that fails before leaves them to the next one.
         if step.token_writes is not None:
             cells, values = step.token_writes

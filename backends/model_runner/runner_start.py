@@ -89,20 +89,20 @@ def _capture(
 
     Where graphs leave too little for that, they go: the steps ran without them before.
     """
-    graphs = runner.decode_graphs
+    instance = settings.instance
     try:
-        graphs.capture(settings.instance.max_num_seqs, sys.stderr)
+        runner.capture_graphs(instance.max_num_batched_tokens, instance.max_num_seqs, sys.stderr)
         _run_all(lots, settings, backend, model, kv, None)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         reason = first_line(error)
     else:
-        graphs.warn_of_failure()
+        runner.warn_of_failed_graphs()
         return
-    graphs.give_up(reason)
+    runner.give_up_graphs(reason)
     _warm_up(settings, backend, model, kv, lots)
-    graphs.warn_of_failure()
+    runner.warn_of_failed_graphs()
 
 
 def _warm_up(

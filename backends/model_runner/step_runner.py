@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import repeat
+from typing import TextIO
 
 import torch
 
@@ -11,6 +12,7 @@ from backends.model_runner.decode_graphs import CapturedStep, DecodeGraphs
 from backends.model_runner.device_tables import DeviceTables
 from backends.model_runner.kv_blocks import KVBlocks
 from backends.model_runner.loaded_model import LoadedModel
+from backends.model_runner.mixed_graphs import CapturedMixedStep, MixedGraphs
 from backends.model_runner.packed_arrays import ArrayPacker, StagingBuffer
 from backends.model_runner.request_table import RequestTable, SequenceRows
 from backends.model_runner.sampler.device_draw_plan import DeviceDrawPlan, PackedDrawPlan
@@ -18,7 +20,7 @@ from backends.model_runner.sampler.draw_plan import DrawPlan
 from backends.model_runner.sampler.draw_planner import DrawPlanner
 from backends.model_runner.sampler.logprob_report import DrawnLogprobs
 from backends.model_runner.sampler.sampler import DrawnTokens, Sampler
-from backends.model_runner.step_arrays import sampled_sequences, step_arrays
+from backends.model_runner.step_arrays import StepArrays, sampled_sequences, step_arrays
 from sagellm.core.plan import StepPlan
 from sagellm.core.step_executor import TokenLogprobs
 
@@ -101,7 +103,25 @@ class StepRunner:
         self._draw_planner = DrawPlanner(self.requests.parameters, vocab_size, by_kernel=draw_tokens is not None)
         self._logit_kernels = backend.logit_kernels()
         self._sampler = Sampler(vocab_size, self._device, draw_tokens, self._logit_kernels)
-        self.decode_graphs = DecodeGraphs(model.program, kv, model.num_positions, backend, device_index)
+        graphs_of = (model.program, kv, model.num_positions, backend, device_index)
+        self.decode_graphs = DecodeGraphs(*graphs_of)
+        self.mixed_graphs = MixedGraphs(*graphs_of)
+
+    def capture_graphs(self, num_tokens_max: int, num_seqs_max: int, terminal: TextIO) -> None:
+        """Capture the steps whose launch would keep the device waiting."""
+        self.decode_graphs.capture(num_seqs_max, terminal)
+        if self.decode_graphs.graphs:
+            self.mixed_graphs.capture(num_tokens_max, num_seqs_max, terminal)
+
+    def give_up_graphs(self, reason: str) -> None:
+        """From now on steps are launched operator by operator."""
+        self.decode_graphs.give_up(reason)
+        self.mixed_graphs.give_up(reason)
+
+    def warn_of_failed_graphs(self) -> None:
+        """One line for each kind of steps of which not all are captured."""
+        self.decode_graphs.graphs.warn_of_failure()
+        self.mixed_graphs.graphs.warn_of_failure()
 
     def run(self, plan: StepPlan, memory: StepMemory) -> StepTokens:
         """Launch the step on the current stream.
@@ -112,11 +132,7 @@ class StepRunner:
         sequences = self.requests.apply(plan)
         draw_plan = self._draw_planner.plan(*sampled_sequences(sequences))
         packer = ArrayPacker(memory.staging)
-        captured = self._captured_step(sequences)
-        if captured is None:
-            launched = self._launch_operators(sequences, draw_plan, packer)
-        else:
-            launched = self._replay(captured, sequences, draw_plan, packer)
+        launched = self._launch(sequences, draw_plan, packer)
         if not draw_plan.num_rows:
             return StepTokens(memory.outcome(0), draw_plan, None)
         return self._drawn(launched, draw_plan, memory)
@@ -145,16 +161,37 @@ class StepRunner:
         self._tables.keep_drawn(cells, token_ids)
         outcome.copy_(token_ids.masked_fill_(tokens.is_invalid, -1))
 
-    def _captured_step(self, sequences: SequenceRows) -> CapturedStep | None:
+    def _launch(self, sequences: SequenceRows, draw_plan: DrawPlan, packer: ArrayPacker) -> _LaunchedModel:
+        """The way that takes the host the least time."""
+        context_len_max = sequences.context_len_max
+        if sequences.only_decodes:
+            captured = self.decode_graphs.step_for(sequences.num_decodes, context_len_max)
+            if captured is not None:
+                return self._replay(captured, sequences, draw_plan, packer)
+        arrays = step_arrays(self.requests, sequences)
         if not sequences.only_decodes:
-            return None
-        return self.decode_graphs.step_for(sequences.num_decodes, sequences.context_len_max)
+            num_prompts = arrays.table_rows.size - arrays.num_decodes
+            mixed = self.mixed_graphs.step_for(arrays.positions.size, num_prompts, context_len_max)
+            if mixed is not None:
+                return self._replay_mixed(mixed, arrays, draw_plan, packer)
+        return self._launch_operators(arrays, draw_plan, packer)
 
-    def _launch_operators(self, sequences: SequenceRows, draw_plan: DrawPlan, packer: ArrayPacker) -> _LaunchedModel:
-        step = self._tables.pack(step_arrays(self.requests, sequences), packer)
+    def _launch_operators(self, arrays: StepArrays, draw_plan: DrawPlan, packer: ArrayPacker) -> _LaunchedModel:
+        step = self._tables.pack(arrays, packer)
         draw = PackedDrawPlan(draw_plan, packer)
         packed = packer.copy_to(self._device)
         logits = self._model.program.run(self._tables.inputs(step, packed), self._kv.tensors)
+        return _LaunchedModel(logits, draw.on(packed), step.sampled_cells.on(packed), None)
+
+    def _replay_mixed(
+        self, captured: CapturedMixedStep, arrays: StepArrays, draw_plan: DrawPlan, packer: ArrayPacker
+    ) -> _LaunchedModel:
+        step = self._tables.pack_mixed(arrays, captured, packer)
+        draw = PackedDrawPlan(draw_plan, packer)
+        packed = packer.copy_to(self._device)
+        self._tables.fill_mixed(captured, step, packed)
+        captured.graph.replay()
+        logits = self.mixed_graphs.logits(captured, step.sampled_rows.on(packed))
         return _LaunchedModel(logits, draw.on(packed), step.sampled_cells.on(packed), None)
 
     def _replay(

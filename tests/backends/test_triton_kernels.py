@@ -6,6 +6,7 @@ suite does it all.
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from backends.cuda.kernels.tile_shapes import decode_tile, prefill_tile
 from backends.cuda.operator_kernels import register_kernels
 from backends.operators import reference
 from backends.operators.registry import KernelRegistry
+from backends.step_inputs import StepInputs
 
 # A part of a decode that sees no key has the logarithm of zero.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
@@ -117,3 +119,37 @@ def test_a_head_size_that_no_kernel_knows_runs_the_reference(subject: Subject) -
     found = run(batch.query, batch.key_cache, batch.value_cache, batch.inputs, scale=0.05)
     expected = reference.attention(batch.query, batch.key_cache, batch.value_cache, batch.inputs, scale=0.05)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("num_decodes", [0, 1, 2, 5])
+def test_a_captured_batch_counts_its_decodes_on_the_device(num_decodes: int, window: int, subject: Subject) -> None:
+    prompts = ((20, 20), (3, 9), (1, 33))
+    batch = paged_batch(((1, 70),) * num_decodes + prompts, HeadShape(6, 2, 64), 8, torch.float32)
+    arguments = (batch.query, batch.key_cache, batch.value_cache, batch.inputs)
+    exact = oracle.attention(*arguments, scale=0.125, sliding_window=window)
+    step = with_room(batch.inputs, num_decodes_max=7, num_prompts_max=4)
+    query = torch.cat((batch.query, torch.full((9, batch.query.shape[1]), torch.nan)))
+    run = subject.registry.kernel("cpu", "attention").run
+    found = run(query, *arguments[1:3], step, scale=0.125, sliding_window=window)
+    expect_close(found[: exact.shape[0]], exact, torch.float32, "attention")
+
+
+def with_room(inputs: StepInputs, num_decodes_max: int, num_prompts_max: int) -> StepInputs:
+    """The same step, as captured ones have it: with room for sequences that are not there, and for nine more rows."""
+    num_decodes, num_seqs = inputs.num_decodes, inputs.context_lens.shape[0]
+    starts = torch.full((num_decodes_max + num_prompts_max + 1,), int(inputs.query_starts[-1]), dtype=torch.int32)
+    starts[:num_decodes_max] = num_decodes
+    starts[num_decodes_max : num_decodes_max + num_seqs - num_decodes + 1] = inputs.query_starts[num_decodes:]
+    rows = torch.full((num_decodes_max + num_prompts_max,), -1)
+    rows[:num_decodes] = torch.arange(num_decodes)
+    rows[num_decodes_max : num_decodes_max + num_seqs - num_decodes] = torch.arange(num_decodes, num_seqs)
+    return replace(
+        inputs,
+        positions=torch.cat((inputs.positions, torch.zeros(9, dtype=inputs.positions.dtype))),
+        query_starts=starts,
+        context_lens=torch.where(rows < 0, 0, inputs.context_lens[rows]),
+        block_tables=inputs.block_tables[rows],
+        num_decodes=num_decodes_max,
+        decode_count=starts[num_decodes_max : num_decodes_max + 1],
+    )

@@ -163,6 +163,16 @@ def mixed(state: torch.Tensor) -> torch.Tensor:
     return state
 
 
+def sequences_of_rows(inputs: StepInputs, num_rows: int) -> torch.Tensor:
+    """[num_rows]: whose each row is; of rows that are nobody's, anybody."""
+    rows = torch.arange(num_rows)
+    if inputs.decode_count is None:
+        return torch.searchsorted(inputs.query_starts[1:], rows, right=True)
+    num_seqs = inputs.context_lens.shape[0]
+    prompts = torch.searchsorted(inputs.query_starts[inputs.num_decodes + 1 :], rows, right=True)
+    return torch.where(rows < inputs.decode_count, rows, (inputs.num_decodes + prompts).clamp(max=num_seqs - 1))
+
+
 def masked_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -174,7 +184,7 @@ def masked_attention(
 ) -> torch.Tensor:
     """Attention that asks the host for nothing: each row looks at every place of its block table."""
     _, block_size, num_kv_heads, head_dim = key_cache.shape
-    sequences = torch.searchsorted(inputs.query_starts[1:], torch.arange(query.shape[0]), right=True)
+    sequences = sequences_of_rows(inputs, query.shape[0])
     positions = torch.arange(inputs.block_tables.shape[1] * block_size)
     blocks = inputs.block_tables[sequences][:, positions // block_size].long()
     slots = blocks * block_size + positions % block_size

@@ -12,11 +12,12 @@ from context_program import loading
 from hypothesis import given
 from hypothesis import strategies as st
 from instance_loop import InstanceLoop
-from recording_backend import RecordingBackend, install
+from recording_backend import RecordingBackend, install, sequences_of_rows
 
 from backends.model_runner.batch_sizes import NUM_SEQS_CAPTURED_MAX, captured_sizes, sizes_worth_keeping, smallest_size
 from backends.model_runner.decode_graphs import DecodeGraphs
 from backends.model_runner.kv_blocks import KVBlocks
+from backends.model_runner.mixed_graphs import NUM_PROMPTS_MAX
 from backends.step_inputs import KVTensors, StepInputs
 from sagellm.core.config import InstanceConfig
 from sagellm.core.identity import InstanceId, RequestId
@@ -48,6 +49,23 @@ class HashProgram:
         seen = places < inputs.context_lens[sequences].unsqueeze(1)
         seen &= places <= inputs.positions[rows].unsqueeze(1)
         return logits_of(torch.where(seen, hashed(tokens, places), 0).sum(1))
+
+
+class SplitHashProgram(HashProgram):
+    """The same in two parts."""
+
+    def hidden(self, inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
+        rows = torch.arange(inputs.positions.shape[0])
+        keys = kv.keys[0].view(-1)
+        keys.index_copy_(0, inputs.slot_mapping, inputs.token_ids.to(keys.dtype))
+        places = torch.arange(inputs.block_tables.shape[1] * kv.block_size)
+        blocks = inputs.block_tables[sequences_of_rows(inputs, rows.numel())][:, places // kv.block_size].long()
+        tokens = keys[blocks * kv.block_size + places % kv.block_size].long()
+        seen = places <= inputs.positions.unsqueeze(1)
+        return torch.where(seen, hashed(tokens, places), 0).sum(1)
+
+    def logits(self, hidden: torch.Tensor, inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
+        return logits_of(hidden[inputs.sampled_rows])
 
 
 def hashed(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -109,6 +127,20 @@ def test_every_decode_step_is_replayed_and_right(backend: RecordingBackend, step
         num_replays = backend.num_replays - num_timed
         assert num_replays == num_decode_steps(loop.steps)
         assert program.num_runs - num_runs == len(loop.steps) - num_replays
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 24}, {"max_num_seqs": 40, "max_num_chunks": 30}])
+def test_small_steps_with_prompts_are_replayed_and_right(backend: RecordingBackend, limits: dict[str, int]) -> None:
+    program = SplitHashProgram()
+    with InstanceLoop(config(**limits), loads=(loading(program),), backend=backend.name) as loop:
+        num_runs, num_timed = program.num_runs, backend.num_replays
+        check_greedy(loop, 40)
+        assert backend.num_captures > len(captured_sizes(19))
+        num_launched = program.num_runs - num_runs
+        assert backend.num_replays - num_timed == len(loop.steps) - num_launched
+        most_prompts = max(len(step.plan.chunks) for step in loop.steps)
+        assert (num_launched > 0) == (most_prompts > NUM_PROMPTS_MAX)
+        assert any(step.plan.chunks and step.plan.decode_request_ids for step in loop.steps)
 
 
 def test_preempted_and_resumed(backend: RecordingBackend) -> None:

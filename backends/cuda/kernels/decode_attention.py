@@ -9,6 +9,8 @@ that share a key-value head are the rows of one tile.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # Capitals name what is fixed when a kernel is compiled; triton gives types to the rest.
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -18,23 +20,44 @@ from backends.cuda.kernels.kernel_launcher import KernelLauncher
 from backends.cuda.kernels.tile_shapes import LOG2_E, PARTS_MAX, TileShape, head_columns
 
 
+@triton.jit
+def _parts_of(num_programs, num_wanted, PARTS_MAX: tl.constexpr):
+    """Into how many parts keys are split where so many programs are wanted."""
+    return tl.minimum(tl.maximum(num_wanted // tl.maximum(num_programs, 1), 1), PARTS_MAX)
+
+
 @KernelLauncher
 @triton.jit(
     do_not_specialize=["num_parts", "table_row_stride"],
-    do_not_specialize_on_alignment=["context_lens", "block_tables"],
+    do_not_specialize_on_alignment=["context_lens", "block_tables", "decode_count"],
 )
 def _decode_attention(
-    query, key_cache, value_cache, out, part_results, part_scores, context_lens, block_tables,
+    query, key_cache, value_cache, out, part_results, part_scores, context_lens, block_tables, decode_count,
     query_row_stride, out_row_stride,
     key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
     table_row_stride, num_parts, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, IS_SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr,
+    COUNTS: tl.constexpr, PARTS_MAX: tl.constexpr,
 ):  # fmt: skip
-    """One program for each sequence, key-value head and part. Unless it is split the result is final."""
-    sequence = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    part = tl.program_id(2)
+    """One program for each sequence, key-value head and part. Unless it is split the result is final.
+
+    ``COUNTS``: the number of sequences is read, and what they are split into follows; ``num_parts`` then is the number
+    of programs.
+    """
+    if COUNTS:
+        num_sequences = tl.load(decode_count)
+        num_parts = _parts_of(num_sequences * KV_HEADS, num_parts, PARTS_MAX)
+        place = tl.program_id(0)
+        part = place % num_parts
+        kv_head = place // num_parts % KV_HEADS
+        sequence = (place // (num_parts * KV_HEADS)).to(tl.int64)
+        if sequence >= num_sequences:
+            return
+    else:
+        sequence = tl.program_id(0).to(tl.int64)
+        kv_head = tl.program_id(1)
+        part = tl.program_id(2)
     context_len = tl.load(context_lens + sequence)
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = (rows < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
@@ -67,7 +90,7 @@ def _decode_attention(
     )  # fmt: skip
     result = result / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
     if IS_SPLIT:
-        num_heads = tl.num_programs(1) * GROUP
+        num_heads = KV_HEADS * GROUP
         places = (sequence * num_heads + heads) * num_parts + part
         tl.store(part_results + places[:, None] * HEAD_DIM + columns[None, :], result, mask=inside)
         tl.store(part_scores + places, score_max + tl.log2(weight_sum), mask=rows < GROUP)
@@ -77,21 +100,29 @@ def _decode_attention(
 
 
 @KernelLauncher
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=["decode_count"])
 def _join_parts(
     part_results,
     part_scores,
     out,
+    decode_count,
     out_row_stride,
     num_parts,
     PARTS_MAX: tl.constexpr,
     PARTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):
     """One program for each sequence and head: parts weighed by the sum of their exponentials, 2 ** score."""
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
+    if COUNTS:
+        num_sequences = tl.load(decode_count)
+        if sequence >= num_sequences:
+            return
+        num_parts = _parts_of(num_sequences * KV_HEADS, num_parts, PARTS_MAX)
     first_place = (sequence * tl.num_programs(1) + head) * num_parts
     every = tl.arange(0, PARTS_MAX)
     scores = tl.load(part_scores + first_place + every, mask=every < num_parts, other=float("-inf"))
@@ -131,38 +162,84 @@ def decode_attention(
     Each sequence's own keys are cut into ``num_parts`` parts, at most PARTS_MAX, on the device: a captured launch
     stays right for any context.
     """
-    num_seqs = context_lens.shape[0]
-    if num_seqs == 0:
-        return
-    _, block_size, num_kv_heads, head_dim = key_cache.shape
-    num_heads = query.shape[1] // head_dim
-    group = num_heads // num_kv_heads
-    part_results, part_scores = out, out
-    if num_parts > 1:
-        part_shape = (num_seqs, num_heads, num_parts)
-        part_results = torch.empty((*part_shape, head_dim), dtype=torch.float32, device=query.device)
-        part_scores = torch.empty(part_shape, dtype=torch.float32, device=query.device)
-    tensors = (query, key_cache, value_cache, out, part_results, part_scores, context_lens, block_tables)
-    strides = (query.stride(0), out.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3])
-    _decode_attention(
-        (num_seqs, num_kv_heads, num_parts),
-        (*tensors, *strides, block_tables.stride(0), num_parts, scale * LOG2_E),
-        (
-            group,
-            shape.num_rows,
-            shape.num_keys,
-            num_parts > 1,
-            block_size,
-            head_dim,
-            head_columns(head_dim),
-            sliding_window,
-        ),
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
-    )
-    if num_parts > 1:
-        _join_parts(
-            (num_seqs, num_heads, 1),
-            (part_results, part_scores, out, out.stride(0), num_parts),
-            (PARTS_MAX, 16, head_dim, head_columns(head_dim)),
+    num_seqs, num_kv_heads = context_lens.shape[0], key_cache.shape[2]
+    if num_seqs:
+        launch = _DecodeLaunch(
+            query, key_cache, value_cache, out, context_lens, block_tables, context_lens, shape, scale, sliding_window
         )
+        launch.run(
+            (num_seqs, num_kv_heads, num_parts), num_seqs * num_kv_heads * num_parts, num_parts, is_split=num_parts > 1
+        )
+
+
+def counted_decode_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    out: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    decode_count: torch.Tensor,
+    num_programs: int,
+    shape: TileShape,
+    *,
+    scale: float,
+    sliding_window: int,
+) -> None:
+    """The same of the first ``decode_count`` [1] int32 sequences, a number that is read on the device.
+
+    Keys are cut into as many parts as make about ``num_programs`` programs, whatever the number of sequences. Other
+    rows of ``out`` are not written.
+    """
+    num_programs = max(num_programs, context_lens.shape[0] * key_cache.shape[2])
+    launch = _DecodeLaunch(
+        query, key_cache, value_cache, out, context_lens, block_tables, decode_count, shape, scale, sliding_window
+    )
+    launch.run((num_programs, 1, 1), num_programs, num_programs, is_split=True, counts=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeLaunch:
+    """The arguments of both kernels."""
+
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    out: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    decode_count: torch.Tensor
+    shape: TileShape
+    scale: float
+    sliding_window: int
+
+    def run(
+        self, grid: tuple[int, int, int], num_places: int, num_parts: int, *, is_split: bool, counts: bool = False
+    ) -> None:
+        """``num_places``: parts of all sequences and key-value heads, at most."""
+        query, out, shape = self.query, self.out, self.shape
+        _, block_size, num_kv_heads, head_dim = self.key_cache.shape
+        num_heads = query.shape[1] // head_dim
+        group = num_heads // num_kv_heads
+        part_results = part_scores = out
+        if is_split:
+            part_results = torch.empty((num_places * group, head_dim), dtype=torch.float32, device=query.device)
+            part_scores = torch.empty(num_places * group, dtype=torch.float32, device=query.device)
+        tensors = (query, self.key_cache, self.value_cache, out, part_results, part_scores)
+        strides = (query.stride(0), out.stride(0), *self.key_cache.stride()[:3], *self.value_cache.stride()[:3])
+        columns = head_columns(head_dim)
+        _decode_attention(
+            grid,
+            (*tensors, self.context_lens, self.block_tables, self.decode_count, *strides, self.block_tables.stride(0),
+             num_parts, self.scale * LOG2_E),
+            (group, shape.num_rows, shape.num_keys, is_split, block_size, head_dim, columns, self.sliding_window,
+             num_kv_heads, counts, PARTS_MAX),
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+        )  # fmt: skip
+        if is_split:
+            _join_parts(
+                (self.context_lens.shape[0], num_heads, 1),
+                (part_results, part_scores, out, self.decode_count, out.stride(0), num_parts),
+                (PARTS_MAX, 16, head_dim, columns, num_kv_heads, counts),
+            )

@@ -5,9 +5,9 @@ from functools import cache
 
 import torch
 
-from backends.cuda.kernels.decode_attention import decode_attention
+from backends.cuda.kernels.decode_attention import counted_decode_attention, decode_attention
 from backends.cuda.kernels.prefill_attention import prefill_attention
-from backends.cuda.kernels.tile_shapes import decode_tile, num_decode_parts, prefill_tile
+from backends.cuda.kernels.tile_shapes import decode_tile, num_decode_parts, num_programs_wanted, prefill_tile
 from backends.step_inputs import StepInputs
 
 HEAD_DIM_MAX = 256
@@ -20,7 +20,10 @@ class StepAttention:
     inputs: StepInputs
     num_decodes: int
     num_seqs: int
+    num_prompt_rows_max: int
+    prompt_context_len_max: int
     decode_context_len_max: int
+    decode_count: torch.Tensor | None  # see `StepInputs`
     decode_context_lens: torch.Tensor  # [num_decodes]
     decode_block_tables: torch.Tensor  # [num_decodes, num_blocks_max]
     prompt_query_starts: torch.Tensor  # [num_prompts + 1], rows of the whole step
@@ -30,11 +33,15 @@ class StepAttention:
 
 def prepare_attention(inputs: StepInputs, *, block_size: int, sliding_window: int = 0) -> StepAttention:
     """Once for each step. ``block_size`` is not needed: the caches tell."""
-    num_decodes = inputs.num_decodes
+    num_decodes, num_tokens = inputs.num_decodes, inputs.positions.shape[0]
     return StepAttention(
         inputs=inputs,
         num_decodes=num_decodes,
         num_seqs=inputs.context_lens.shape[0],
+        num_prompt_rows_max=num_tokens - (0 if inputs.decode_count is not None else num_decodes),
+        # A captured step is a small one; how far its prompts have come is not known.
+        prompt_context_len_max=inputs.context_len_max if inputs.decode_count is None else num_tokens,
+        decode_count=inputs.decode_count,
         decode_context_len_max=min(inputs.context_len_max, sliding_window or inputs.context_len_max),
         decode_context_lens=inputs.context_lens[:num_decodes],
         decode_block_tables=inputs.block_tables[:num_decodes],
@@ -64,7 +71,21 @@ def attention(
     heads = (head_dim, query.shape[1] // head_dim // num_kv_heads, query.element_size())
     num_decodes = inputs.num_decodes
     num_compute_units, holds_large_tiles = _device_limits(query.device)
-    if num_decodes:
+    if inputs.decode_count is not None:
+        counted_decode_attention(
+            query,
+            key_cache,
+            value_cache,
+            out,
+            inputs.decode_context_lens,
+            inputs.decode_block_tables,
+            inputs.decode_count,
+            num_programs_wanted(num_compute_units),
+            decode_tile(*heads),
+            scale=scale,
+            sliding_window=sliding_window,
+        )
+    elif num_decodes:
         decode_attention(
             query,
             key_cache,
@@ -86,8 +107,8 @@ def attention(
             inputs.prompt_query_starts,
             inputs.prompt_context_lens,
             inputs.prompt_block_tables,
-            query.shape[0] - num_decodes,
-            prefill_tile(*heads, inputs.inputs.context_len_max, holds_large_tiles),
+            inputs.num_prompt_rows_max,
+            prefill_tile(*heads, inputs.prompt_context_len_max, holds_large_tiles),
             scale=scale,
             sliding_window=sliding_window,
         )

@@ -58,9 +58,14 @@ def decode_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:
     return TileShape(num_rows, num_keys=32 if head_dim > 128 else 64, num_warps=4, num_stages=2)
 
 
+def num_programs_wanted(num_compute_units: int) -> int:
+    """Programs that fill the device once."""
+    return _PROGRAMS_PER_UNIT * num_compute_units
+
+
 def num_decode_parts(num_programs: int, context_len_max: int, num_compute_units: int) -> int:
     """Parts of each sequence's keys: enough to fill the device once, none shorter than is worth while."""
-    wanted = _PROGRAMS_PER_UNIT * num_compute_units // max(num_programs, 1)
+    wanted = num_programs_wanted(num_compute_units) // max(num_programs, 1)
     worthwhile = -(-context_len_max // _KEYS_PER_PART_MIN)
     return max(1, min(wanted, worthwhile, PARTS_MAX))
 

@@ -7,6 +7,7 @@ from backends.conformance.device_checks import device_checks
 from backends.conformance.drawing_checks import drawing_checks
 from backends.conformance.graph_checks import graph_checks
 from backends.conformance.launch_checks import launch_checks
+from backends.conformance.logit_kernel_checks import logit_kernel_checks
 from backends.conformance.memory_checks import memory_checks
 from backends.conformance.operator_checks import operator_checks
 from backends.conformance.stream_checks import stream_checks
@@ -27,4 +28,5 @@ def all_checks(subject: Subject) -> tuple[Check, ...]:
         *operator_checks(dtypes),
         *attention_checks(dtypes),
         *drawing_checks(),
+        *logit_kernel_checks(),
     )

@@ -11,6 +11,10 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"
 
+from backends.base import LogitKernels
+from backends.conformance.check import Check, ConformanceError, Subject
+from backends.conformance.logit_kernel_checks import logit_kernel_checks
+from backends.cpu.backend import CpuBackend
 from backends.cuda.kernels.drawn_tokens import keep_drawn
 from backends.cuda.kernels.logit_kernels import TritonLogitKernels
 from backends.cuda.kernels.sampling import draw_tokens
@@ -23,6 +27,7 @@ from backends.model_runner.sampler.logprob_report import DrawnLogprobs, num_repo
 from backends.model_runner.sampler.parameter_table import ParameterTable
 from backends.model_runner.sampler.penalties import penalise_output, penalise_repetition
 from backends.model_runner.sampler.sampler import DrawnTokens, Sampler
+from backends.operators.registry import KernelRegistry
 from sagellm.core.identity import RequestId
 from sagellm.core.request import RequestSpec
 from sagellm.core.sampling import SamplingParameters
@@ -139,3 +144,39 @@ def test_a_sampler_with_kernels_draws_and_reports_as_one_without() -> None:
     assert torch.equal(found.logprobs.token_ids, expected.logprobs.token_ids)
     assert torch.equal(found.logprobs.drawn_ranks, expected.logprobs.drawn_ranks)
     assert torch.allclose(found.logprobs.logprobs, expected.logprobs.logprobs, atol=1e-5)
+
+
+class HasLogitKernels(CpuBackend):
+    def logit_kernels(self) -> LogitKernels:
+        return TritonLogitKernels()
+
+
+class SwapsArguments(HasLogitKernels):
+    """Takes presence for frequency, the row after the reported one, and tells of invalid tokens."""
+
+    def logit_kernels(self) -> LogitKernels:
+        kernels = TritonLogitKernels()
+        kernels.penalise = lambda logits, places, penalties, *rest: penalise(  # type: ignore[method-assign]
+            logits, places, penalties[[0, 2, 1]].contiguous(), *rest
+        )
+        kernels.report_logprobs = lambda logits, rows, *rest: report_logprobs(  # type: ignore[method-assign]
+            logits, rows.roll(1), *rest
+        )
+        kernels.keep_drawn = lambda token_ids, is_invalid, *rest: keep_drawn(  # type: ignore[method-assign]
+            token_ids, torch.zeros_like(is_invalid), *rest
+        )
+        return kernels
+
+
+SMALL = [check for check in logit_kernel_checks() if "152064" not in check.name]
+
+
+@pytest.mark.parametrize("check", SMALL, ids=lambda check: check.name)
+def test_the_kernels_pass_conformance(check: Check) -> None:
+    check.run(Subject(HasLogitKernels(), KernelRegistry()))
+
+
+@pytest.mark.parametrize("check", SMALL, ids=lambda check: check.name)
+def test_conformance_finds_faults_of_the_kernels(check: Check) -> None:
+    with pytest.raises(ConformanceError):
+        check.run(Subject(SwapsArguments(), KernelRegistry()))

@@ -207,13 +207,18 @@ def compiler_absent(given: CaseInput) -> str:
 
 
 def serves_right(
-    given: CaseInput, model: SmallModel, *, num_warnings: tuple[int, ...], run_it: BeforeRun | None = None
+    given: CaseInput,
+    model: SmallModel,
+    *,
+    num_warnings: tuple[int, ...],
+    run_it: BeforeRun | None = None,
+    max_num_seqs: int = 8,
 ) -> str:
     """Outputs are those of transformers, and there are as many warnings as there may be."""
     warnings = Warnings()
-    with_model = settings(
-        given, str(folder_of(model, given.folder)), 256, block_size=model.block_size, load_format="safetensors"
-    )
+    name = str(folder_of(model, given.folder))
+    limits = {"block_size": model.block_size, "max_num_seqs": max_num_seqs}
+    with_model = settings(given, name, 256, load_format="safetensors", **limits)
     expected = read_expected(model, given.folder)
 
     async def generate(engine: "LiveEngine") -> list[list[int]]:
@@ -231,7 +236,10 @@ def serves_right(
 
 
 def capture_out_of_memory(given: CaseInput, num_captured: int) -> str:
-    """The device's memory is taken when one capture more has begun, and given back before the next step."""
+    """The device's memory is taken when one capture more has begun, and given back once that has failed.
+
+    A later capture finds what its tensors need in the first one's memory; the driver may want some for itself.
+    """
     hog, num_begun, is_taken = MemoryHog(), 0, False
 
     def run_it(program: "ModelProgram", inputs: "StepInputs", kv: "KVTensors") -> "torch.Tensor":
@@ -242,15 +250,26 @@ def capture_out_of_memory(given: CaseInput, num_captured: int) -> str:
         if capturing and num_begun == num_captured:
             hog.take()
             is_taken = True
-        elif is_taken and not capturing:
-            hog.give()
-            is_taken = False
         num_begun += capturing
-        return program.run(inputs, kv)
+        try:
+            return program.run(inputs, kv)
+        except RuntimeError:
+            capturing = False
+            raise
+        finally:
+            if is_taken and not capturing:
+                hog.give()
+                is_taken = False
 
     try:
-        # A later capture finds all that it needs in the first one's memory, unless the driver wants some for itself.
-        seen = serves_right(given, SMALL_MODELS[0], num_warnings=(0, 1) if num_captured else (1,), run_it=run_it)
+        # So many sequences have tensors that what is left over here and there does not hold.
+        seen = serves_right(
+            given,
+            SMALL_MODELS[0],
+            num_warnings=(0, 1, 2) if num_captured else (1,),
+            run_it=run_it,
+            max_num_seqs=256,
+        )
         return f"{num_begun} captures begun; {seen}; {checked_left_bytes()}"
     finally:
         hog.end()

@@ -21,7 +21,7 @@ def logit_kernel_checks() -> tuple[Check, ...]:
         ),
         *(
             Check(
-                "logit kernels",
+                "drawing",
                 f"{num_top} log-probabilities of {vocab_size}",
                 partial(_logprobs, vocab_size=vocab_size, num_top=num_top),
             )

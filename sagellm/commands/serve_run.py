@@ -152,7 +152,8 @@ async def _start(engine: LiveEngine, served: ServedCluster, stop: asyncio.Event)
     try:
         starting.result()
     except StartError as error:
-        raise UserError(str(error)) from error
+        # Drivers and libraries say more than a line; the first is the sentence.
+        raise UserError(str(error).strip().partition("\n")[0]) from error
     return True
 
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -259,7 +260,7 @@ class InstanceProcesses:
         process.process.stdin.close()
         if not process.exited.done():
             process.exited.set_result(code)
-        how = process.last_words or (f"it was ended by signal {-code}" if code < 0 else f"it ended with code {code}")
+        how = process.last_words or _ending(code)
         if not process.started.done():
             process.started.set_exception(StartError(f"{process.instance_id}: {how} while it started"))
             process.started.exception()  # whoever waits for it hears of it; where nobody does, all is well, too
@@ -316,3 +317,10 @@ class InstanceProcesses:
                 ):
                     process.last_words = f"it has been silent for {self._silence_s_max:g} s"
                     process.kill()
+
+
+def _ending(code: int) -> str:
+    """How a process ended that did not say why."""
+    if code == -signal.SIGKILL:
+        return f"it was ended by signal {signal.SIGKILL}, which a host that is out of memory sends"
+    return f"it was ended by signal {-code}" if code < 0 else f"it ended with code {code}"

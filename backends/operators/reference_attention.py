@@ -13,6 +13,8 @@ from backends.step_inputs import StepInputs
 
 # On a CPU, decodes of one go: what is gathered of them is still in a core's cache when it is multiplied.
 _TOKENS_OF_BUCKET_MAX = 2048
+# Elsewhere, of one go: what is gathered of them has to fit beside all else.
+_TOKENS_OF_DEVICE_BUCKET_MAX = 1 << 18
 
 
 class Gathering:
@@ -191,11 +193,19 @@ def prepare_attention(inputs: StepInputs, *, block_size: int, sliding_window: in
 
 
 def _decode_buckets(inputs: StepInputs, block_size: int, sliding_window: int) -> tuple[DecodeBucket, ...]:
-    """On a CPU some of about the same context go together; elsewhere all do, without a look at their contexts."""
+    """On a CPU some of about the same context go together; elsewhere as many as fit, without a look at contexts."""
     num_decodes = inputs.num_decodes
     context_lens = inputs.context_lens[:num_decodes]
     if context_lens.device.type != "cpu":
-        return (_decode_bucket(inputs, None, inputs.context_len_max, block_size, sliding_window),)
+        length_max = min(inputs.context_len_max, sliding_window or inputs.context_len_max)
+        num_rows = max(1, _TOKENS_OF_DEVICE_BUCKET_MAX // length_max)
+        if num_decodes <= num_rows:
+            return (_decode_bucket(inputs, None, length_max, block_size, sliding_window),)
+        rows = torch.arange(num_decodes, device=context_lens.device)
+        return tuple(
+            _decode_bucket(inputs, rows[first : first + num_rows], length_max, block_size, sliding_window)
+            for first in range(0, num_decodes, num_rows)
+        )
     lengths = [min(length, sliding_window or length) for length in context_lens.tolist()]
     return tuple(
         _decode_bucket(inputs, torch.tensor(rows), max(lengths[row] for row in rows), block_size, sliding_window)

@@ -92,7 +92,11 @@ def _profile_here(backend_name: str | None) -> str:
     backend = get_backend(backend_name)
     if backend.name == CPU_BACKEND:
         return CPU_PROFILE
-    device = backend.get_device_info(0).name
+    try:
+        device = backend.get_device_info(0).name
+    except RuntimeError as error:  # the driver's, be it too old or its device busy
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(f"device 0 of backend {backend.name!r} cannot be used: {first_line}") from error
     profile = _profile_of_device(device, list_profiles())
     if profile is None:
         raise UserError(f"there is no profile of this {device}; describe it in a cluster file and give it by --cluster")

@@ -16,6 +16,7 @@ from backends.base import HardwareBackend
 from backends.executor_settings import ExecutorSettings
 from backends.model_runner.executor_error import ExecutorError
 from backends.model_runner.loaded_model import LoadedModel, LoadModel, load_model
+from backends.operators.reference_attention import prepare_attention
 from backends.registry import get_backend
 from backends.step_inputs import KVTensors, ModelProgram, StepInputs
 from backends.weights.load import load_weights, weight_bytes
@@ -297,3 +298,22 @@ def test_heads_that_no_kernel_knows_run_the_reference_and_one_line_says_so(
         "recording:0: torch's operators, which are slower, run attention, and decode steps are not captured: "
         "backend 'recording' has no kernel for 2 query heads of size 16 to a key-value head"
     ]
+
+
+@pytest.mark.parametrize(
+    ("num_decodes", "context_len_max", "window"), [(256, 32_768, 0), (256, 900, 0), (3, 500_000, 64)]
+)
+def test_what_the_reference_gathers_on_a_device_is_bounded(num_decodes: int, context_len_max: int, window: int) -> None:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    inputs = StepInputs(
+        token_ids=empty(num_decodes), positions=empty(num_decodes), slot_mapping=empty(num_decodes),
+        query_starts=empty(num_decodes + 1), context_lens=empty(num_decodes),
+        block_tables=empty(num_decodes, context_len_max // 16 + 1), sampled_rows=empty(num_decodes),
+        num_decodes=num_decodes, query_len_max=1, context_len_max=context_len_max,
+    )  # fmt: skip
+    buckets = prepare_attention(inputs, block_size=16, sliding_window=window).decodes
+    assert sum(bucket.num_rows for bucket in buckets) == num_decodes
+    assert all(bucket.num_rows * bucket.length <= 1 << 18 for bucket in buckets)
+    assert all(bucket.length == min(context_len_max, window or context_len_max) for bucket in buckets)

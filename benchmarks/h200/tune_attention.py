@@ -22,7 +22,7 @@ import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backends.cuda import operator_kernels
-from backends.cuda.kernels.decode_attention import decode_attention
+from backends.cuda.kernels.decode_attention import cut_into_parts, decode_attention
 from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.sampling import draw_tokens
 from backends.cuda.kernels.tile_shapes import TileShape
@@ -124,7 +124,9 @@ class Batch:
 def decode_call(shape: TileShape, num_parts: int) -> Callable[..., object]:
     def call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        where = (inputs.context_lens, inputs.block_tables, num_parts, shape)
+        num_programs = num_parts * inputs.context_lens.shape[0] * NUM_KV_HEADS
+        parts = cut_into_parts(inputs.context_lens, NUM_KV_HEADS, num_programs, sliding_window=0)
+        where = (inputs.context_lens, inputs.block_tables, parts, shape)
         decode_attention(query, keys, values, out, *where, scale=SCALE, sliding_window=0)
 
     return call

@@ -1,13 +1,11 @@
-"""How attention is cut into tiles and parts."""
+"""How attention is cut into tiles."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.cuda.kernels.tile_shapes import (
-    PARTS_MAX,
     decode_tile,
     head_columns,
-    num_decode_parts,
     power_of_two_from,
     prefill_tile,
 )
@@ -34,21 +32,6 @@ def test_large_tiles_are_for_long_contexts_on_devices_that_hold_them() -> None:
         for context_len, holds_large_tiles in ((1000, True), (8000, True), (8000, False))
     ]
     assert sizes == [64, 128, 64]
-
-
-@given(st.integers(1, 100_000), st.integers(1, 1_000_000), st.integers(1, 200))
-def test_parts_are_enough_for_the_device_and_none_is_too_short(programs: int, context: int, units: int) -> None:
-    parts = num_decode_parts(programs, context, units)
-    assert 1 <= parts <= PARTS_MAX
-    assert (parts - 1) * 64 < context
-    fills_the_device = parts * programs >= units
-    is_worthwhile = parts * 64 < context
-    assert fills_the_device or not is_worthwhile or parts == PARTS_MAX
-
-
-@given(st.integers(4, 10_000))
-def test_many_programs_are_not_split(programs: int) -> None:
-    assert num_decode_parts(programs * 132, 100_000, 132) == 1
 
 
 @given(st.integers(1, 1 << 20))

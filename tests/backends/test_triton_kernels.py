@@ -5,11 +5,15 @@ suite does it all.
 """
 
 import importlib.util
+import itertools
 import os
 from dataclasses import replace
+from math import ceil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -21,7 +25,7 @@ from backends.conformance.check import Check, Subject
 from backends.conformance.closeness import expect_close
 from backends.conformance.operator_checks import operator_checks
 from backends.cpu.backend import CpuBackend
-from backends.cuda.kernels.decode_attention import decode_attention
+from backends.cuda.kernels.decode_attention import cut_into_parts, decode_attention
 from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.tile_shapes import decode_tile, prefill_tile
 from backends.cuda.operator_kernels import register_kernels
@@ -75,16 +79,39 @@ def test_attention_of_a_mixed_batch(
     expect_close(found, exact, dtype, "attention")
 
 
-@pytest.mark.parametrize("window", [0, 1, 40])
-@pytest.mark.parametrize("num_parts", [1, 2, 3, 11])
-def test_parts_of_a_decode_join_to_the_whole(num_parts: int, window: int) -> None:
-    batch = paged_batch(((1, 1), (1, 300)), HeadShape(6, 2, 64), 16, torch.float32)
+@pytest.mark.parametrize("window", [0, 1, 40, 100])
+@pytest.mark.parametrize("num_programs", [1, 4, 7, 1000])
+@pytest.mark.parametrize("contexts", [(1, 300), (700,), (64, 65, 0, 128, 0, 0), (0, 3, 513, 2), (0, 0)], ids=str)
+def test_parts_of_decodes_join_to_the_whole(contexts: tuple[int, ...], num_programs: int, window: int) -> None:
+    batch = paged_batch(tuple((1, max(1, length)) for length in contexts), HeadShape(6, 2, 64), 16, torch.float32)
     found = torch.full(batch.query.shape, torch.nan)
+    lens = torch.tensor(contexts, dtype=torch.int32)
+    parts = cut_into_parts(lens, 2, num_programs, sliding_window=window)
+    assert int(parts.starts[-2]) <= parts.num_parts_max
+    shape = decode_tile(64, 3, 4)
     caches = (batch.key_cache, batch.value_cache)
-    where = (batch.inputs.context_lens, batch.inputs.block_tables, num_parts, decode_tile(64, 3, 4))
+    where = (lens, batch.inputs.block_tables, parts, shape)
     decode_attention(batch.query, *caches, found, *where, scale=0.125, sliding_window=window)
     exact = oracle.attention(batch.query, *caches, batch.inputs, scale=0.125, sliding_window=window)
-    expect_close(found, exact, torch.float32, "joined parts")
+    is_there = lens > 0
+    assert found[~is_there].isnan().all(), "a row was written that is nobody's"
+    if is_there.any():
+        expect_close(found[is_there], exact[is_there], torch.float32, "joined parts")
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=40), st.integers(1, 600), st.sampled_from([0, 100]))
+@settings(max_examples=25, deadline=None)
+def test_parts_are_even_and_as_many_as_are_wanted(contexts: list[int], num_programs: int, window: int) -> None:
+    lens = torch.tensor(contexts, dtype=torch.int32)
+    parts = cut_into_parts(lens, 2, num_programs, sliding_window=window)
+    *starts, num_parts, part_len = parts.starts.tolist()
+    seen = [length - max(length - window, 0) // 64 * 64 if window else length for length in contexts]
+    counts = [after - before for before, after in itertools.pairwise([*starts, num_parts])]
+    assert counts == [-(-length // part_len) for length in seen]
+    assert num_parts <= parts.num_parts_max
+    assert part_len % 64 == 0
+    wanted = max(1, num_programs // 2)
+    assert part_len == max(64, ceil(ceil(sum(seen) / wanted) / 64) * 64)
 
 
 @pytest.mark.parametrize("window", [0, 5])

@@ -1,8 +1,9 @@
-"""Paged attention of sequences with one row each, the keys of each split into parts.
+"""Paged attention of sequences with one row each, the keys of all cut into parts of one length.
 
-With few sequences a device would stand idle if each were one program, so several programs share a
-sequence's keys, and a second kernel joins their parts (Dao et al. 2023, Flash-Decoding). The query heads
-that share a key-value head are the rows of one tile.
+With a part for each program the device is evenly busy, with few sequences and with some that are much longer than
+others; a second kernel joins the parts of a sequence (Dao et al. 2023, Flash-Decoding). How long a part is follows
+from the contexts, on the device, once for each step: a captured launch stays right for any batch. The query heads that
+share a key-value head are the rows of one tile.
 """
 
 # ruff: noqa: N803
@@ -17,131 +18,183 @@ import triton.language as tl
 
 from backends.cuda.kernels.attention_tile import attend_range
 from backends.cuda.kernels.kernel_launcher import KernelLauncher
-from backends.cuda.kernels.tile_shapes import LOG2_E, PARTS_MAX, TileShape, head_columns
+from backends.cuda.kernels.tile_shapes import LOG2_E, TileShape, head_columns, power_of_two_from
+
+_PART_TOKENS_MULTIPLE = 64  # of the keys of any tile
+_SHORT_PART_TOKENS = 512
+_SEQUENCES_MANY = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeParts:
+    """How the keys of a step's sequences are cut."""
+
+    starts: torch.Tensor  # [num_seqs + 2] int32: each sequence's first part, the number of parts, keys of a part
+    num_parts_max: int
 
 
 @triton.jit
-def _parts_of(num_programs, num_wanted, PARTS_MAX: tl.constexpr):
-    """Into how many parts keys are split where so many programs are wanted."""
-    return tl.minimum(tl.maximum(num_wanted // tl.maximum(num_programs, 1), 1), PARTS_MAX)
+def _first_tile_key(context_len, MULTIPLE: tl.constexpr, WINDOW: tl.constexpr):
+    """The first key of the first tile that is read."""
+    if WINDOW > 0:
+        return tl.maximum(context_len - WINDOW, 0) // MULTIPLE * MULTIPLE
+    return context_len * 0
+
+
+@KernelLauncher
+@triton.jit(do_not_specialize=["num_seqs", "num_wanted"], do_not_specialize_on_alignment=["context_lens"])
+def _cut_into_parts(
+    context_lens, starts, num_seqs, num_wanted, MULTIPLE: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr
+):
+    """One program. Parts are as long as makes about ``num_wanted`` of them."""
+    sequences = tl.arange(0, SEQUENCES)
+    inside = sequences < num_seqs
+    lens = tl.load(context_lens + sequences, mask=inside, other=0)
+    lens = lens - _first_tile_key(lens, MULTIPLE, WINDOW)
+    total = tl.sum(lens.to(tl.int64), axis=0)
+    part_len = (tl.cdiv(tl.cdiv(total, num_wanted), MULTIPLE) * MULTIPLE).to(tl.int32)
+    part_len = tl.maximum(part_len, MULTIPLE)
+    counts = tl.cdiv(lens, part_len)
+    ends = tl.cumsum(counts, axis=0)
+    tl.store(starts + sequences, ends - counts, mask=inside)
+    tl.store(starts + num_seqs, tl.sum(counts, axis=0))
+    tl.store(starts + num_seqs + 1, part_len)
+
+
+@triton.jit
+def _sequence_of_part(part, starts, num_seqs):
+    """The last sequence whose parts begin at or before this one, but for those without any behind it."""
+    low, high = 0, num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_before = tl.load(starts + middle) <= part
+        low = tl.where(is_before, middle, low)
+        high = tl.where(is_before, high, middle)
+    return low
 
 
 @KernelLauncher
 @triton.jit(
-    do_not_specialize=["num_parts", "table_row_stride"],
-    do_not_specialize_on_alignment=["context_lens", "block_tables", "decode_count"],
+    do_not_specialize=["num_seqs", "table_row_stride"],
+    do_not_specialize_on_alignment=["context_lens", "block_tables"],
 )
 def _decode_attention(
-    query, key_cache, value_cache, out, part_results, part_scores, context_lens, block_tables, decode_count,
+    query, key_cache, value_cache, out, part_results, part_scores, context_lens, block_tables, starts,
     query_row_stride, out_row_stride,
     key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
-    table_row_stride, num_parts, scale,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, IS_SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    table_row_stride, num_seqs, scale,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr,
-    COUNTS: tl.constexpr, PARTS_MAX: tl.constexpr,
+    SHORT_PART: tl.constexpr,
 ):  # fmt: skip
-    """One program for each sequence, key-value head and part. Unless it is split the result is final.
-
-    ``COUNTS``: the number of sequences is read, and what they are split into follows; ``num_parts`` then is the number
-    of programs.
-    """
-    if COUNTS:
-        num_sequences = tl.load(decode_count)
-        num_parts = _parts_of(num_sequences * KV_HEADS, num_parts, PARTS_MAX)
-        place = tl.program_id(0)
-        part = place % num_parts
-        kv_head = place // num_parts % KV_HEADS
-        sequence = (place // (num_parts * KV_HEADS)).to(tl.int64)
-        if sequence >= num_sequences:
-            return
-    else:
-        sequence = tl.program_id(0).to(tl.int64)
-        kv_head = tl.program_id(1)
-        part = tl.program_id(2)
+    """One program for each part and key-value head. The result of a sequence's only part is final."""
+    part = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    if part >= tl.load(starts + num_seqs):
+        return
+    sequence = _sequence_of_part(part, starts, num_seqs)
+    first_part = tl.load(starts + sequence)
+    is_only = tl.load(starts + sequence + 1) == first_part + 1
+    part_len = tl.load(starts + num_seqs + 1)
     context_len = tl.load(context_lens + sequence)
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = (rows < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
     heads = kv_head * GROUP + rows
-    places = sequence * query_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+    row = sequence.to(tl.int64)
+    places = row * query_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
     tile_query = tl.load(query + places, mask=inside, other=0.0)
 
-    first_seen_key, first_key = 0, 0
+    first_seen_key = 0
     if WINDOW > 0:
         first_seen_key = tl.maximum(context_len - WINDOW, 0)
-        first_key = first_seen_key // KEYS * KEYS
-    num_tiles = tl.cdiv(context_len - first_key, KEYS)
-    part_keys = tl.cdiv(num_tiles, num_parts) * KEYS
-    first_key += part * part_keys
-    end_key = tl.minimum(first_key + part_keys, context_len)
+    first_key = _first_tile_key(context_len, MULTIPLE, WINDOW) + (part - first_part) * part_len
+    end_key = tl.minimum(first_key + part_len, context_len)
+    # A short part would wait twice for its first keys, before tiles without masks and before the last one.
+    end_unmasked_key = tl.where(end_key - first_key > SHORT_PART, end_key // KEYS * KEYS, first_key)
     result, weight_sum, score_max = attend_range(
         tile_query,
         tl.zeros((ROWS,), dtype=tl.int32) + (context_len - 1),
         key_cache + kv_head.to(tl.int64) * key_head_stride,
         value_cache + kv_head.to(tl.int64) * value_head_stride,
-        block_tables + sequence * table_row_stride,
+        block_tables + row * table_row_stride,
         first_key,
         end_key,
         first_seen_key,
-        end_key // KEYS * KEYS,
+        end_unmasked_key,
         key_block_stride, key_slot_stride, value_block_stride, value_slot_stride,
-        scale, ROWS, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW,
-        # A short part would wait twice for its first keys, before tiles without masks and before the last one.
-        WINDOW == 0 and not IS_SPLIT,
+        scale, ROWS, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW, WINDOW == 0,
     )  # fmt: skip
     result = result / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
-    if IS_SPLIT:
-        num_heads = KV_HEADS * GROUP
-        places = (sequence * num_heads + heads) * num_parts + part
+    if is_only:
+        places = row * out_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+        tl.store(out + places, result.to(out.dtype.element_ty), mask=inside)
+    else:
+        places = part.to(tl.int64) * (KV_HEADS * GROUP) + heads
         tl.store(part_results + places[:, None] * HEAD_DIM + columns[None, :], result, mask=inside)
         tl.store(part_scores + places, score_max + tl.log2(weight_sum), mask=rows < GROUP)
-    else:
-        places = sequence * out_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
-        tl.store(out + places, result.to(out.dtype.element_ty), mask=inside)
 
 
 @KernelLauncher
-@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=["decode_count"])
+@triton.jit
 def _join_parts(
     part_results,
     part_scores,
     out,
-    decode_count,
+    starts,
     out_row_stride,
-    num_parts,
-    PARTS_MAX: tl.constexpr,
+    num_heads,
     PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_ROOM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    COUNTS: tl.constexpr,
 ):
-    """One program for each sequence and head: parts weighed by the sum of their exponentials, 2 ** score."""
+    """One program for HEADS heads of a sequence: parts weighed by the sum of their exponentials, 2 ** score."""
     sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    if COUNTS:
-        num_sequences = tl.load(decode_count)
-        if sequence >= num_sequences:
-            return
-        num_parts = _parts_of(num_sequences * KV_HEADS, num_parts, PARTS_MAX)
-    first_place = (sequence * tl.num_programs(1) + head) * num_parts
-    every = tl.arange(0, PARTS_MAX)
-    scores = tl.load(part_scores + first_place + every, mask=every < num_parts, other=float("-inf"))
-    score_max = tl.max(scores, axis=0)
-    score_max = tl.where(score_max == float("-inf"), 0.0, score_max)
-    weight_sum = tl.sum(tl.exp2(scores - score_max), axis=0)
+    first_part = tl.load(starts + sequence)
+    end_part = tl.load(starts + sequence + 1)
+    if end_part - first_part < 2:
+        return
+    own = tl.arange(0, HEADS_ROOM)
+    heads = tl.program_id(1) * HEADS + own
     columns = tl.arange(0, COLUMNS)
-    joined = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for first in range(0, num_parts, PARTS):
+    score_max = tl.full((HEADS_ROOM,), float("-inf"), dtype=tl.float32)
+    weight_sum = tl.zeros((HEADS_ROOM,), dtype=tl.float32)
+    joined = tl.zeros((HEADS_ROOM, COLUMNS), dtype=tl.float32)
+    for first in range(first_part, end_part, PARTS):
         parts = first + tl.arange(0, PARTS)
-        is_part = parts < num_parts
-        places = first_place + parts
-        weights = tl.exp2(tl.load(part_scores + places, mask=is_part, other=float("-inf")) - score_max)
-        inside = is_part[:, None] & (columns < HEAD_DIM)[None, :]
-        results = tl.load(part_results + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
-        joined += tl.sum(results * weights[:, None], axis=0)
-    joined = joined / tl.where(weight_sum == 0.0, 1.0, weight_sum)
-    place = sequence * out_row_stride + head * HEAD_DIM + columns
-    tl.store(out + place, joined.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
+        places = parts[:, None].to(tl.int64) * num_heads + heads[None, :]
+        inside = (parts < end_part)[:, None] & (own < HEADS)[None, :]
+        scores = tl.load(part_scores + places, mask=inside, other=float("-inf"))
+        inside = inside[:, :, None] & (columns < HEAD_DIM)[None, None, :]
+        results = tl.load(part_results + places[:, :, None] * HEAD_DIM + columns[None, None, :], mask=inside, other=0.0)
+        new_max = tl.maximum(score_max, tl.max(scores, axis=0))
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        shrink = tl.exp2(score_max - finite_max)
+        weights = tl.exp2(scores - finite_max[None, :])
+        weight_sum = weight_sum * shrink + tl.sum(weights, axis=0)
+        joined = joined * shrink[:, None] + tl.sum(results * weights[:, :, None], axis=0)
+        score_max = new_max
+    joined = joined / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
+    places = sequence * out_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+    inside = (own < HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(out + places, joined.to(out.dtype.element_ty), mask=inside)
+
+
+def cut_into_parts(
+    context_lens: torch.Tensor, num_kv_heads: int, num_programs: int, *, sliding_window: int
+) -> DecodeParts:
+    """For sequences of ``context_lens`` [num_seqs] int32: about so many programs, but none of less than 64 keys."""
+    num_seqs = context_lens.shape[0]
+    num_wanted = max(1, num_programs // num_kv_heads)
+    starts = torch.empty(num_seqs + 2, dtype=torch.int32, device=context_lens.device)
+    _cut_into_parts(
+        (1, 1, 1),
+        (context_lens, starts, num_seqs, num_wanted),
+        (_PART_TOKENS_MULTIPLE, sliding_window, power_of_two_from(num_seqs)),
+    )
+    # Each sequence has at most one part that is not full.
+    return DecodeParts(starts, num_wanted + num_seqs)
 
 
 def decode_attention(
@@ -151,95 +204,38 @@ def decode_attention(
     out: torch.Tensor,
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
-    num_parts: int,
+    parts: DecodeParts,
     shape: TileShape,
     *,
     scale: float,
     sliding_window: int,
 ) -> None:
-    """Attention of the first rows of ``query``, one for each of ``context_lens``, into those of ``out``.
+    """Attention of the first rows of ``query``, one for each of ``context_lens`` [num_seqs], into those of ``out``.
 
-    Each sequence's own keys are cut into ``num_parts`` parts, at most PARTS_MAX, on the device: a captured launch
-    stays right for any context.
+    ``parts`` is what ``cut_into_parts`` made of the same contexts. Where a context is of no tokens, nothing is written.
     """
-    num_seqs, num_kv_heads = context_lens.shape[0], key_cache.shape[2]
-    if num_seqs:
-        launch = _DecodeLaunch(
-            query, key_cache, value_cache, out, context_lens, block_tables, context_lens, shape, scale, sliding_window
-        )
-        launch.run(
-            (num_seqs, num_kv_heads, num_parts), num_seqs * num_kv_heads * num_parts, num_parts, is_split=num_parts > 1
-        )
-
-
-def counted_decode_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    out: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    decode_count: torch.Tensor,
-    num_programs: int,
-    shape: TileShape,
-    *,
-    scale: float,
-    sliding_window: int,
-) -> None:
-    """The same of the first ``decode_count`` [1] int32 sequences, a number that is read on the device.
-
-    Keys are cut into as many parts as make about ``num_programs`` programs, whatever the number of sequences. Other
-    rows of ``out`` are not written.
-    """
-    num_programs = max(num_programs, context_lens.shape[0] * key_cache.shape[2])
-    launch = _DecodeLaunch(
-        query, key_cache, value_cache, out, context_lens, block_tables, decode_count, shape, scale, sliding_window
+    num_seqs = context_lens.shape[0]
+    if num_seqs == 0:
+        return
+    _, block_size, num_kv_heads, head_dim = key_cache.shape
+    num_heads = query.shape[1] // head_dim
+    group, columns = num_heads // num_kv_heads, head_columns(head_dim)
+    part_results = torch.empty((parts.num_parts_max * num_heads, head_dim), dtype=torch.float32, device=query.device)
+    part_scores = torch.empty(parts.num_parts_max * num_heads, dtype=torch.float32, device=query.device)
+    tensors = (query, key_cache, value_cache, out, part_results, part_scores, context_lens, block_tables)
+    strides = (query.stride(0), out.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3])
+    _decode_attention(
+        (parts.num_parts_max, num_kv_heads, 1),
+        (*tensors, parts.starts, *strides, block_tables.stride(0), num_seqs, scale * LOG2_E),
+        (group, shape.num_rows, shape.num_keys, _PART_TOKENS_MULTIPLE, block_size, head_dim, columns, sliding_window,
+         num_kv_heads, _SHORT_PART_TOKENS),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )  # fmt: skip
+    # Few sequences have many parts each, many have few.
+    num_own, num_at_once = (group, 4) if num_seqs >= _SEQUENCES_MANY else (1, 16)
+    _join_parts(
+        (num_seqs, num_heads // num_own, 1),
+        (part_results, part_scores, out, parts.starts, out.stride(0), num_heads),
+        (num_at_once, num_own, power_of_two_from(num_own), head_dim, columns),
     )
-    launch.run((num_programs, 1, 1), num_programs, num_programs, is_split=True, counts=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _DecodeLaunch:
-    """The arguments of both kernels."""
-
-    query: torch.Tensor
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
-    out: torch.Tensor
-    context_lens: torch.Tensor
-    block_tables: torch.Tensor
-    decode_count: torch.Tensor
-    shape: TileShape
-    scale: float
-    sliding_window: int
-
-    def run(
-        self, grid: tuple[int, int, int], num_places: int, num_parts: int, *, is_split: bool, counts: bool = False
-    ) -> None:
-        """``num_places``: parts of all sequences and key-value heads, at most."""
-        query, out, shape = self.query, self.out, self.shape
-        _, block_size, num_kv_heads, head_dim = self.key_cache.shape
-        num_heads = query.shape[1] // head_dim
-        group = num_heads // num_kv_heads
-        part_results = part_scores = out
-        if is_split:
-            part_results = torch.empty((num_places * group, head_dim), dtype=torch.float32, device=query.device)
-            part_scores = torch.empty(num_places * group, dtype=torch.float32, device=query.device)
-        tensors = (query, self.key_cache, self.value_cache, out, part_results, part_scores)
-        strides = (query.stride(0), out.stride(0), *self.key_cache.stride()[:3], *self.value_cache.stride()[:3])
-        columns = head_columns(head_dim)
-        _decode_attention(
-            grid,
-            (*tensors, self.context_lens, self.block_tables, self.decode_count, *strides, self.block_tables.stride(0),
-             num_parts, self.scale * LOG2_E),
-            (group, shape.num_rows, shape.num_keys, is_split, block_size, head_dim, columns, self.sliding_window,
-             num_kv_heads, counts, PARTS_MAX),
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
-        )  # fmt: skip
-        if is_split:
-            _join_parts(
-                (self.context_lens.shape[0], num_heads, 1),
-                (part_results, part_scores, out, self.decode_count, out.stride(0), num_parts),
-                (PARTS_MAX, 16, head_dim, columns, num_kv_heads, counts),
-            )

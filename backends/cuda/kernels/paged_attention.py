@@ -5,15 +5,15 @@ from functools import cache
 
 import torch
 
-from backends.cuda.kernels.decode_attention import counted_decode_attention, decode_attention
+from backends.cuda.kernels.decode_attention import DecodeParts, cut_into_parts, decode_attention
 from backends.cuda.kernels.prefill_attention import prefill_attention
-from backends.cuda.kernels.tile_shapes import decode_tile, num_decode_parts, num_programs_wanted, prefill_tile
+from backends.cuda.kernels.tile_shapes import decode_tile, num_programs_wanted, prefill_tile
 from backends.step_inputs import StepInputs
 
 HEAD_DIM_MAX = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepAttention:
     """What all layers of a step with the same window have in common."""
 
@@ -22,17 +22,16 @@ class StepAttention:
     num_seqs: int
     num_prompt_rows_max: int
     prompt_context_len_max: int
-    decode_context_len_max: int
-    decode_count: torch.Tensor | None  # see `StepInputs`
     decode_context_lens: torch.Tensor  # [num_decodes]
     decode_block_tables: torch.Tensor  # [num_decodes, num_blocks_max]
     prompt_query_starts: torch.Tensor  # [num_prompts + 1], rows of the whole step
     prompt_context_lens: torch.Tensor  # [num_prompts]
     prompt_block_tables: torch.Tensor  # [num_prompts, num_blocks_max]
+    decode_parts: DecodeParts | None = None  # made by the first layer, which knows how many heads there are
 
 
 def prepare_attention(inputs: StepInputs, *, block_size: int, sliding_window: int = 0) -> StepAttention:
-    """Once for each step. ``block_size`` is not needed: the caches tell."""
+    """Once for each step. The rest is not needed: the caches and the layers tell."""
     num_decodes, num_tokens = inputs.num_decodes, inputs.positions.shape[0]
     return StepAttention(
         inputs=inputs,
@@ -41,8 +40,6 @@ def prepare_attention(inputs: StepInputs, *, block_size: int, sliding_window: in
         num_prompt_rows_max=num_tokens - (0 if inputs.decode_count is not None else num_decodes),
         # A captured step is a small one; how far its prompts have come is not known.
         prompt_context_len_max=inputs.context_len_max if inputs.decode_count is None else num_tokens,
-        decode_count=inputs.decode_count,
-        decode_context_len_max=min(inputs.context_len_max, sliding_window or inputs.context_len_max),
         decode_context_lens=inputs.context_lens[:num_decodes],
         decode_block_tables=inputs.block_tables[:num_decodes],
         prompt_query_starts=inputs.query_starts[num_decodes:],
@@ -71,21 +68,11 @@ def attention(
     heads = (head_dim, query.shape[1] // head_dim // num_kv_heads, query.element_size())
     num_decodes = inputs.num_decodes
     num_compute_units, holds_large_tiles = _device_limits(query.device)
-    if inputs.decode_count is not None:
-        counted_decode_attention(
-            query,
-            key_cache,
-            value_cache,
-            out,
-            inputs.decode_context_lens,
-            inputs.decode_block_tables,
-            inputs.decode_count,
-            num_programs_wanted(num_compute_units),
-            decode_tile(*heads),
-            scale=scale,
-            sliding_window=sliding_window,
-        )
-    elif num_decodes:
+    if num_decodes:
+        if inputs.decode_parts is None:
+            num_programs = num_programs_wanted(num_compute_units)
+            lens = inputs.decode_context_lens
+            inputs.decode_parts = cut_into_parts(lens, num_kv_heads, num_programs, sliding_window=sliding_window)
         decode_attention(
             query,
             key_cache,
@@ -93,7 +80,7 @@ def attention(
             out,
             inputs.decode_context_lens,
             inputs.decode_block_tables,
-            num_decode_parts(num_decodes * num_kv_heads, inputs.decode_context_len_max, num_compute_units),
+            inputs.decode_parts,
             decode_tile(*heads),
             scale=scale,
             sliding_window=sliding_window,

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 _DOT_ROWS_MIN = 16  # of an operand of tl.dot, and the least of the dimension that it sums over
-PARTS_MAX = 128  # a power of two
 LOG2_E = 1.4426950408889634
-_KEYS_PER_PART_MIN = 64
 # Several programs on each multiprocessor, so that their loads overlap.
 _PROGRAMS_PER_UNIT = 4
 _LONG_CONTEXT = 2048
@@ -61,13 +59,6 @@ def decode_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:
 def num_programs_wanted(num_compute_units: int) -> int:
     """Programs that fill the device once."""
     return _PROGRAMS_PER_UNIT * num_compute_units
-
-
-def num_decode_parts(num_programs: int, context_len_max: int, num_compute_units: int) -> int:
-    """Parts of each sequence's keys: enough to fill the device once, none shorter than is worth while."""
-    wanted = num_programs_wanted(num_compute_units) // max(num_programs, 1)
-    worthwhile = -(-context_len_max // _KEYS_PER_PART_MIN)
-    return max(1, min(wanted, worthwhile, PARTS_MAX))
 
 
 def head_columns(head_dim: int) -> int:

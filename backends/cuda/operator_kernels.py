@@ -38,9 +38,9 @@ def why_no_kernels(device_index: int) -> str:
             silu_multiply(x)
         except Exception as error:
             # Triton wants a C compiler, Python's headers and an assembler, and misses each in a way of its own.
-            if "out of memory" in str(error):
-                raise
-            return f"triton cannot compile kernels ({(str(error).strip().splitlines() or [repr(error)])[0]})"
+            if "out of memory" not in str(error):
+                return f"triton cannot compile kernels ({(str(error).strip().splitlines() or [repr(error)])[0]})"
+            raise
     return ""
 
 

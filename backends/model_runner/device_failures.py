@@ -1,6 +1,8 @@
 """What went wrong on a device, read from what was raised: memory, a kernel's compiler, or something else."""
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,14 +18,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
-def is_of_compiler(error: BaseException) -> bool:
-    """Whether a kernel cannot be compiled for the device. Triton's errors are no RuntimeErrors."""
-    return type(error).__module__.partition(".")[0] in _COMPILERS
+class CompilerError(RuntimeError):
+    """A kernel cannot be compiled for the device, or does not fit it."""
 
 
-def is_of_device(error: BaseException) -> bool:
-    """Whether it is one of those that devices and their libraries raise, and not a fault of ours."""
-    return isinstance(error, RuntimeError | MemoryError) or is_of_compiler(error)
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """What a kernel's compiler raises within comes out as a `CompilerError`; its own errors are no RuntimeErrors."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in _COMPILERS:
+            raise CompilerError(str(error)) from error
+        raise
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TextIO, TypeVar
 from backends.base import HardwareBackend
 from backends.model_runner.batch_sizes import sizes_worth_keeping, smallest_size
 from backends.model_runner.count_progress import CountProgress
-from backends.model_runner.device_failures import is_of_device
+from backends.model_runner.device_failures import compiler_errors
 from backends.streams import DeviceGraph
 
 _LOG = logging.getLogger(__name__)
@@ -65,24 +65,23 @@ class GraphSet(Generic[_Step]):
         begin_bytes = self._reserved_bytes()
         progress = CountProgress(terminal, f"{self._device_name()} {self._kind} graphs", len(sizes))
         try:
-            maker = make_maker()
-            for size in reversed(sizes):
-                maker.fill_up(size)
-                maker.run(size)
-            for size in reversed(sizes):
-                maker.fill_up(size)
-                largest = next(iter(self._steps.values()), None)
-                graph = self._backend.create_graph(None if largest is None else largest.graph)
-                self._steps[size] = maker.capture(size, graph, largest)
-                progress.advance()
-            durations_s = {}
-            for size, step in self._steps.items():
-                maker.fill_up(size)  # all sizes share the memory, and each lays it out its own way
-                durations_s[size] = self._replayed_s(step)
-            self._sizes = sizes_worth_keeping(durations_s)
-        except Exception as error:  # a compiler's errors have nothing in common
-            if not is_of_device(error):
-                raise
+            with compiler_errors():
+                maker = make_maker()
+                for size in reversed(sizes):
+                    maker.fill_up(size)
+                    maker.run(size)
+                for size in reversed(sizes):
+                    maker.fill_up(size)
+                    largest = next(iter(self._steps.values()), None)
+                    graph = self._backend.create_graph(None if largest is None else largest.graph)
+                    self._steps[size] = maker.capture(size, graph, largest)
+                    progress.advance()
+                durations_s = {}
+                for size, step in self._steps.items():
+                    maker.fill_up(size)  # all sizes share the memory, and each lays it out its own way
+                    durations_s[size] = self._replayed_s(step)
+                self._sizes = sizes_worth_keeping(durations_s)
+        except (RuntimeError, MemoryError) as error:
             self._failure = _first_line(error)
             self._size_failed = next((size for size in reversed(sizes) if size not in self._steps), 0)
             self._sizes = tuple(sorted(self._steps))

@@ -5,7 +5,7 @@ import sys
 from backends.base import HardwareBackend
 from backends.executor_settings import ExecutorSettings
 from backends.model_runner.count_progress import CountProgress
-from backends.model_runner.device_failures import first_line, is_of_compiler, is_out_of_memory
+from backends.model_runner.device_failures import CompilerError, compiler_errors, first_line, is_out_of_memory
 from backends.model_runner.executor_error import ExecutorError
 from backends.model_runner.kv_blocks import KVBlocks, kv_block_bytes
 from backends.model_runner.loaded_model import LoadedModel, LoadModel, free_bytes
@@ -111,15 +111,16 @@ def _warm_up(
     instance = settings.instance
     progress = CountProgress(sys.stderr, f"{device_name(settings)} warm-up", sum(len(lot.plans) for lot in lots))
     try:
-        _run_all(lots, settings, backend, model, kv, progress)
-    except Exception as error:  # a compiler's errors have nothing in common
+        with compiler_errors():
+            _run_all(lots, settings, backend, model, kv, progress)
+    except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise ExecutorError(
                 f"kv_tokens: {instance.num_token_slots} tokens of KV leave too little of {device_name(settings)} for a "
                 f"step of {instance.max_num_batched_tokens} tokens and {instance.max_num_seqs} sequences; lower "
                 "kv_tokens (or memory_utilization, where that is left out), max_num_batched_tokens or max_num_seqs"
             ) from error
-        if is_of_compiler(error):
+        if isinstance(error, CompilerError):
             raise ExecutorError(
                 f"a kernel cannot be compiled for {device_name(settings)} ({first_line(error)}); without triton, "
                 "torch's operators run instead, which are slower"

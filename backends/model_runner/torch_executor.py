@@ -17,7 +17,7 @@ import torch
 
 from backends.base import HardwareBackend
 from backends.executor_settings import ExecutorSettings
-from backends.model_runner.device_failures import first_line, is_of_device, is_out_of_memory, let_go_of_frames
+from backends.model_runner.device_failures import compiler_errors, first_line, is_out_of_memory, let_go_of_frames
 from backends.model_runner.executor_error import ExecutorError
 from backends.model_runner.kv_blocks import KVBlocks
 from backends.model_runner.loaded_model import LoadModel, load_model
@@ -162,13 +162,12 @@ class TorchStepExecutor:
             return
         memory = self._step_memory()
         try:
-            tokens = self._started().run(step.plan, memory)
+            with compiler_errors():
+                tokens = self._started().run(step.plan, memory)
             event = self._backend.create_event(device_index=self._device_index)
             event.record()
             launched = _LaunchedStep(step, memory, tokens, event)
-        except Exception as error:  # a compiler's errors have nothing in common
-            if not (is_of_device(error) or isinstance(error, ExecutorError)):
-                raise
+        except (RuntimeError, MemoryError, ExecutorError) as error:
             if not self._survives(error):
                 return
             launched = _LaunchedStep(step, memory, None, None, first_line(error))

@@ -247,6 +247,9 @@ def capture_out_of_memory(given: CaseInput, num_captured: int) -> str:
         import torch
 
         capturing = torch.cuda.is_current_stream_capturing()
+        if is_taken and not capturing:
+            hog.give()
+            is_taken = False
         if capturing and num_begun == num_captured:
             hog.take()
             is_taken = True
@@ -254,12 +257,10 @@ def capture_out_of_memory(given: CaseInput, num_captured: int) -> str:
         try:
             return program.run(inputs, kv)
         except RuntimeError:
-            capturing = False
-            raise
-        finally:
-            if is_taken and not capturing:
+            if is_taken:
                 hog.give()
                 is_taken = False
+            raise
 
     try:
         # So many sequences have tensors that what is left over here and there does not hold.

@@ -1,7 +1,7 @@
 """One step's inputs as tensors, and what turns them into logits."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -50,3 +50,14 @@ class ModelProgram(Protocol):
 
     def run(self, inputs: StepInputs, kv: KVTensors) -> "torch.Tensor":
         """Write this step's K and V into the cache; logits [num_sampled, vocab_size] in float32."""
+
+
+@runtime_checkable
+class SplitProgram(ModelProgram, Protocol):
+    """One that also runs in two parts."""
+
+    def hidden(self, inputs: StepInputs, kv: KVTensors) -> "torch.Tensor":
+        """Write this step's K and V into the cache; the last hidden states [num_tokens, hidden_size]."""
+
+    def logits(self, hidden: "torch.Tensor", inputs: StepInputs, kv: KVTensors) -> "torch.Tensor":
+        """Of the rows that ``inputs`` says: [num_sampled, vocab_size] in the model's type."""

@@ -76,12 +76,12 @@ class GraphProgram:
         return hidden
 
     def logits(self, hidden: torch.Tensor, inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
-        """What ``run`` gives, from what ``hidden`` gave: of the sampled rows, [num_sampled, vocab_size] float32."""
+        """From what ``hidden`` gave, of the sampled rows: [num_sampled, vocab_size] in the model's type."""
         step = self._begin(inputs, kv, [], None)
         step.registers[self._registers.hidden] = hidden
         _run_in_order(self._steps[self._num_body :], step)
         logits: torch.Tensor = step.registers[self._registers.output]
-        return logits.float()
+        return logits
 
     def _begin(
         self, inputs: StepInputs, kv: KVTensors, attention_inputs: list[Any], kv_sends: KVSends | None

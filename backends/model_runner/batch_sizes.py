@@ -8,7 +8,9 @@ _STRIDE_OF_MANY = 16
 _MANY = 256
 _TOKENS_LEAST = 16
 _TOKENS_STRIDE = 32
-NUM_TOKENS_CAPTURED_MAX = 512
+_TOKENS_STRIDE_OF_MANY = 64
+_TOKENS_MANY = 512
+NUM_TOKENS_CAPTURED_MAX = 2048
 """Of steps with prompts. Longer ones keep the device busy for longer than the host takes to launch them."""
 _WORTH_A_SIZE = 1.02  # of the duration of a larger one; less is noise
 NUM_SEQS_CAPTURED_MAX = 512
@@ -23,9 +25,10 @@ def captured_sizes(num_seqs_max: int) -> tuple[int, ...]:
 
 
 def mixed_sizes(num_tokens_max: int) -> tuple[int, ...]:
-    """16, then every 32nd; ``num_tokens_max``, if not beyond what is worth while, is the last."""
+    """16, every 32nd, from 512 on every 64th; ``num_tokens_max``, if not beyond what is worth while, is the last."""
     last = min(num_tokens_max, NUM_TOKENS_CAPTURED_MAX)
-    regular = (_TOKENS_LEAST, *range(_TOKENS_STRIDE, last, _TOKENS_STRIDE))
+    small = range(_TOKENS_STRIDE, _TOKENS_MANY, _TOKENS_STRIDE)
+    regular = (_TOKENS_LEAST, *small, *range(_TOKENS_MANY, last, _TOKENS_STRIDE_OF_MANY))
     return (*(size for size in regular if size < last), last)
 
 

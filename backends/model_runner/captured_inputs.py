@@ -4,7 +4,7 @@ import torch
 
 from backends.step_inputs import StepInputs
 
-NUM_PLACES = 5
+NUM_PLACES = 8
 _TABLE_WIDTH_MULTIPLE = 16
 
 
@@ -30,8 +30,8 @@ class CapturedInputs:
     def places(self, num_seqs: int) -> torch.Tensor:
         """[NUM_PLACES, num_seqs] int64, of a step of so many rows. All sizes share the memory.
 
-        Positions, slots, and what drawing takes: seeds, positions in the output, and the bits of temperatures in
-        float64, which has all that float32 has.
+        Positions, slots, and what drawing takes: seeds, positions in the output, top_k, and the bits of temperature,
+        top_p and min_p in float64, which has all that float32 has.
         """
         return self._places[: NUM_PLACES * num_seqs].view(NUM_PLACES, num_seqs)
 
@@ -57,10 +57,11 @@ class CapturedInputs:
             context_len_max=self.num_positions,
         )
 
-    def drawing(self, num_seqs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Temperatures, seeds and positions in the output, as a `DrawTokens` wants them."""
-        seeds, positions, temperature_bits = self.places(num_seqs)[2:]
-        return temperature_bits.view(torch.float64).to(torch.float32), seeds, positions
+    def drawing(self, num_seqs: int) -> tuple[torch.Tensor, ...]:
+        """What a `DrawTokens` wants of rows that may be cut off, in its order."""
+        seeds, positions, top_k = self.places(num_seqs)[2:5].unbind()
+        temperature, top_p, min_p = self.places(num_seqs)[5:].view(torch.float64).to(torch.float32).unbind()
+        return temperature, seeds, positions, top_k, top_p, min_p
 
 
 def table_width(num_blocks: int) -> int:

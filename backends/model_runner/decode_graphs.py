@@ -14,7 +14,7 @@ from backends.model_runner.batch_sizes import captured_sizes
 from backends.model_runner.captured_inputs import CapturedInputs
 from backends.model_runner.graph_set import GraphSet
 from backends.model_runner.kv_blocks import KVBlocks
-from backends.step_inputs import ModelProgram
+from backends.step_inputs import ModelProgram, SplitProgram
 from backends.streams import DeviceGraph
 
 
@@ -28,7 +28,7 @@ class CapturedStep:
     token_ids: torch.Tensor  # [num_seqs] int32
     places: torch.Tensor  # [NUM_PLACES, num_seqs] int64: see `CapturedInputs.places`
     block_tables: torch.Tensor  # [num_seqs, num_blocks_max] int32
-    logits: torch.Tensor  # [num_seqs, vocab_size] float32
+    logits: torch.Tensor  # [num_seqs, vocab_size], in the model's type where the program gives them so
     drawn: tuple[torch.Tensor, torch.Tensor] | None  # tokens and whether they are invalid, where a kernel draws
 
 
@@ -102,7 +102,12 @@ class _DecodeMaker:
         self, size: int, largest: CapturedStep | None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """The step's logits, in the memory of those of the largest step, and what a kernel draws from them."""
-        logits = self._program.run(self._inputs.step_inputs(size), self._kv.tensors)
+        program, inputs, kv = self._program, self._inputs.step_inputs(size), self._kv.tensors
+        if isinstance(program, SplitProgram):
+            # In float32 they would be as much memory traffic again as drawing from them.
+            logits = program.logits(program.hidden(inputs, kv), inputs, kv)
+        else:
+            logits = program.run(inputs, kv)
         if largest is not None:
             logits = largest.logits[:size].copy_(logits)
         return logits, None if self._draw_tokens is None else self._draw_tokens(logits, *self._inputs.drawing(size))

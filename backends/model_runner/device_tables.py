@@ -87,24 +87,20 @@ class DeviceTables:
     def pack_decodes(
         self, sequences: SequenceRows, captured: CapturedStep, drawing: KernelRows | None, packer: ArrayPacker
     ) -> PackedDecodes:
-        """As `pack`, for a step that is replayed, and that draws where ``drawing`` says how."""
+        """As `pack`, for a step that is replayed, and draws as ``drawing`` says; None: what it draws is not used."""
         table, rows, positions = self._table, sequences.rows, sequences.ends - 1
         num_seqs = rows.size
         room, place = packer.room((_NUM_CELLS + NUM_PLACES, captured.num_seqs), _INT64)
         room[:, num_seqs:] = 0
         room[_NUM_CELLS + 1, num_seqs:] = captured.spare_slot
-        token_cells, table_rows, drawn_cells, token_positions, slot_mapping, *draws = room[:, :num_seqs]
+        token_cells, table_rows, drawn_cells, token_positions, slot_mapping = room[: _NUM_CELLS + 2, :num_seqs]
         np.multiply(rows, table.num_token_columns, out=token_cells)
         token_cells += positions
         table_rows[:] = rows
         np.add(token_cells, 1, out=drawn_cells)
         token_positions[:] = positions
         slot_mapping[:] = slots(table, rows, positions)
-        if drawing is not None:
-            seeds, output_positions, temperature_bits = draws
-            seeds[:] = drawing.seeds
-            output_positions[:] = drawing.positions
-            temperature_bits.view(np.float64)[:] = drawing.temperature
+        _fill_draws(room[_NUM_CELLS + 2 :, :num_seqs], drawing)
         token_writes, block_writes = self._pack_writes(packer)
         return PackedDecodes(place, num_seqs, sequences.context_len_max, token_writes, block_writes)
 
@@ -212,6 +208,18 @@ class DeviceTables:
         table = self._table
         self.token_ids = _grown(self.token_ids, table.num_rows, table.num_token_columns)
         self._block_ids = _grown(self._block_ids, table.num_rows, table_width(table.num_block_columns))
+
+
+def _fill_draws(room: Array, drawing: KernelRows | None) -> None:
+    """What `CapturedInputs.drawing` reads, [6, num_seqs] int64; None: the most likely tokens, which cost least."""
+    integers, floats = room[:3], room[3:].view(np.float64)
+    if drawing is None:
+        room[...] = 0
+        return
+    integers[: len(drawing.integers)] = drawing.integers
+    floats[: len(drawing.floats)] = drawing.floats
+    if not drawing.has_cutoffs:
+        integers[2], floats[1], floats[2] = 0, 2.0, 0
 
 
 def _grown(tensor: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:

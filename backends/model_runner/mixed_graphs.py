@@ -6,7 +6,7 @@ steps keep the device busy for longer than the host takes to launch them.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol, TextIO, runtime_checkable
+from typing import TextIO
 
 import torch
 
@@ -15,22 +15,11 @@ from backends.model_runner.batch_sizes import mixed_sizes
 from backends.model_runner.captured_inputs import table_width
 from backends.model_runner.graph_set import GraphSet
 from backends.model_runner.kv_blocks import KVBlocks
-from backends.step_inputs import KVTensors, ModelProgram, StepInputs
+from backends.step_inputs import ModelProgram, SplitProgram, StepInputs
 from backends.streams import DeviceGraph
 
 NUM_PROMPTS_MAX = 16
 _NUM_PLACES = 2
-
-
-@runtime_checkable
-class SplitProgram(Protocol):
-    """A `ModelProgram` in two parts."""
-
-    def hidden(self, inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
-        """Write this step's K and V into the cache; the last hidden states [num_tokens, hidden_size]."""
-
-    def logits(self, hidden: torch.Tensor, inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
-        """Of the rows that ``inputs`` says: [num_sampled, vocab_size] float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +108,7 @@ class MixedGraphs:
     def __init__(
         self, program: ModelProgram, kv: KVBlocks, num_positions: int, backend: HardwareBackend, device_index: int
     ) -> None:
-        self._program = program
+        self._program = program if isinstance(program, SplitProgram) else None
         self._kv = kv
         self._num_positions = num_positions
         self._device = backend.torch_device(device_index)
@@ -129,7 +118,7 @@ class MixedGraphs:
     def capture(self, num_tokens_max: int, num_seqs_max: int, terminal: TextIO) -> None:
         """Capture steps of up to so many tokens. What is captured writes to nobody's block only."""
         program = self._program
-        if not isinstance(program, SplitProgram):
+        if program is None:
             return
         sizes = mixed_sizes(min(num_tokens_max, self._num_positions))
 
@@ -150,9 +139,9 @@ class MixedGraphs:
 
     def logits(self, captured: CapturedMixedStep, sampled_rows: torch.Tensor) -> torch.Tensor:
         """What comes after the graph, launched: logits of these rows [num_sampled, vocab_size] float32."""
-        assert isinstance(self._program, SplitProgram)
+        assert self._program is not None, "nothing was captured"
         inputs = replace(captured.step_inputs, sampled_rows=sampled_rows)
-        return self._program.logits(captured.hidden, inputs, self._kv.tensors)
+        return self._program.logits(captured.hidden, inputs, self._kv.tensors).float()
 
     def step_for(self, num_tokens: int, num_prompts: int, context_len_max: int) -> CapturedMixedStep | None:
         """The captured step that such a step fits into; None where it is to be launched operator by operator."""

@@ -83,7 +83,7 @@ def _shortened(entry: TokenLogprobs, end: int) -> TokenLogprobs:
 class _LaunchedModel:
     """What a step's drawing goes on with."""
 
-    logits: torch.Tensor  # [num_sampled, vocab_size] float32
+    logits: torch.Tensor  # [num_sampled, vocab_size] float32, unless nobody looks at them
     draw_plan: DeviceDrawPlan
     drawn_cells: torch.Tensor  # [num_sampled] int64
     drawn: tuple[torch.Tensor, torch.Tensor] | None  # tokens, and whether they are invalid, where they are drawn
@@ -198,7 +198,7 @@ class StepRunner:
         self, captured: CapturedStep, sequences: SequenceRows, draw_plan: DrawPlan, packer: ArrayPacker
     ) -> _LaunchedModel:
         drawn = captured.drawn if draw_plan.is_plain else None
-        step = self._tables.pack_decodes(sequences, captured, draw_plan.kernel, packer)
+        step = self._tables.pack_decodes(sequences, captured, None if drawn is None else draw_plan.kernel, packer)
         draw = PackedDrawPlan(draw_plan, packer, drawn_already=drawn is not None)
         packed = packer.copy_to(self._device)
         drawn_cells = self._tables.fill_captured(captured, step, packed)
@@ -206,4 +206,7 @@ class StepRunner:
         num_seqs = step.num_seqs
         if drawn is not None:
             drawn = drawn[0][:num_seqs], drawn[1][:num_seqs]
-        return _LaunchedModel(captured.logits[:num_seqs], draw.on(packed), drawn_cells, drawn)
+        logits = captured.logits[:num_seqs]
+        if drawn is None or draw_plan.logprobs is not None:
+            logits = logits.float()
+        return _LaunchedModel(logits, draw.on(packed), drawn_cells, drawn)

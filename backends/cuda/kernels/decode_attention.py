@@ -125,13 +125,13 @@ def _decode_attention(
         scale, ROWS, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW, WINDOW == 0,
     )  # fmt: skip
     result = result / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
+    out_places = row * out_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+    part_places = part.to(tl.int64) * (KV_HEADS * GROUP) + heads
     if is_only:
-        places = row * out_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
-        tl.store(out + places, result.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + out_places, result.to(out.dtype.element_ty), mask=inside)
     else:
-        places = part.to(tl.int64) * (KV_HEADS * GROUP) + heads
-        tl.store(part_results + places[:, None] * HEAD_DIM + columns[None, :], result, mask=inside)
-        tl.store(part_scores + places, score_max + tl.log2(weight_sum), mask=rows < GROUP)
+        tl.store(part_results + part_places[:, None] * HEAD_DIM + columns[None, :], result, mask=inside)
+        tl.store(part_scores + part_places, score_max + tl.log2(weight_sum), mask=rows < GROUP)
 
 
 @KernelLauncher

@@ -118,9 +118,8 @@ class DrawPlan:
 
     @property
     def is_plain(self) -> bool:
-        """Whether tokens are those of the model's logits, temperature and noise alone."""
-        is_cut = self.kernel is not None and self.kernel.has_cutoffs
-        return self.penalties is None and self.edits is None and not is_cut
+        """Whether tokens are drawn from the model's logits as they are."""
+        return self.penalties is None and self.edits is None
 
 
 def plan_drawing(

@@ -22,7 +22,7 @@ import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backends.cuda import operator_kernels
-from backends.cuda.kernels.decode_attention import cut_into_parts, decode_attention
+from backends.cuda.kernels.decode_attention import decode_attention, share_out
 from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.sampling import draw_tokens
 from backends.cuda.kernels.tile_shapes import TileShape
@@ -125,8 +125,8 @@ def decode_call(shape: TileShape, num_parts: int) -> Callable[..., object]:
     def call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         num_programs = num_parts * inputs.context_lens.shape[0] * NUM_KV_HEADS
-        parts = cut_into_parts(inputs.context_lens, NUM_KV_HEADS, num_programs, sliding_window=0)
-        where = (inputs.context_lens, inputs.block_tables, parts, shape)
+        shares = share_out(inputs.context_lens, NUM_KV_HEADS, num_programs, sliding_window=0)
+        where = (inputs.context_lens, inputs.block_tables, shares, shape)
         decode_attention(query, keys, values, out, *where, scale=SCALE, sliding_window=0)
 
     return call

@@ -25,7 +25,7 @@ from backends.conformance.check import Check, Subject
 from backends.conformance.closeness import expect_close
 from backends.conformance.operator_checks import operator_checks
 from backends.cpu.backend import CpuBackend
-from backends.cuda.kernels.decode_attention import cut_into_parts, decode_attention
+from backends.cuda.kernels.decode_attention import decode_attention, share_out
 from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.tile_shapes import decode_tile, prefill_tile
 from backends.cuda.operator_kernels import register_kernels
@@ -86,11 +86,10 @@ def test_parts_of_decodes_join_to_the_whole(contexts: tuple[int, ...], num_progr
     batch = paged_batch(tuple((1, max(1, length)) for length in contexts), HeadShape(6, 2, 64), 16, torch.float32)
     found = torch.full(batch.query.shape, torch.nan)
     lens = torch.tensor(contexts, dtype=torch.int32)
-    parts = cut_into_parts(lens, 2, num_programs, sliding_window=window)
-    assert int(parts.starts[-2]) <= parts.num_parts_max
+    shares = share_out(lens, 2, num_programs, sliding_window=window)
     shape = decode_tile(64, 3, 4)
     caches = (batch.key_cache, batch.value_cache)
-    where = (lens, batch.inputs.block_tables, parts, shape)
+    where = (lens, batch.inputs.block_tables, shares, shape)
     decode_attention(batch.query, *caches, found, *where, scale=0.125, sliding_window=window)
     exact = oracle.attention(batch.query, *caches, batch.inputs, scale=0.125, sliding_window=window)
     is_there = lens > 0
@@ -101,17 +100,14 @@ def test_parts_of_decodes_join_to_the_whole(contexts: tuple[int, ...], num_progr
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=40), st.integers(1, 600), st.sampled_from([0, 100]))
 @settings(max_examples=25, deadline=None)
-def test_parts_are_even_and_as_many_as_are_wanted(contexts: list[int], num_programs: int, window: int) -> None:
-    lens = torch.tensor(contexts, dtype=torch.int32)
-    parts = cut_into_parts(lens, 2, num_programs, sliding_window=window)
-    *starts, num_parts, part_len = parts.starts.tolist()
+def test_shares_are_even(contexts: list[int], num_programs: int, window: int) -> None:
+    shares = share_out(torch.tensor(contexts, dtype=torch.int32), 2, num_programs, sliding_window=window)
+    *starts, num_tiles, share_len = shares.starts.tolist()
     seen = [length - max(length - window, 0) // 64 * 64 if window else length for length in contexts]
-    counts = [after - before for before, after in itertools.pairwise([*starts, num_parts])]
-    assert counts == [-(-length // part_len) for length in seen]
-    assert num_parts <= parts.num_parts_max
-    assert part_len % 64 == 0
-    wanted = max(1, num_programs // 2)
-    assert part_len == max(64, ceil(ceil(sum(seen) / wanted) / 64) * 64)
+    counts = [after - before for before, after in itertools.pairwise([*starts, num_tiles])]
+    assert counts == [ceil(length / 64) for length in seen]
+    assert shares.num_shares == max(1, num_programs // 2)
+    assert share_len == max(1, ceil(num_tiles / shares.num_shares))
 
 
 @pytest.mark.parametrize("window", [0, 5])

@@ -1,9 +1,10 @@
-"""Paged attention of sequences with one row each, the keys of all cut into parts of one length.
+"""Paged attention of sequences with one row each, the keys of all shared out evenly.
 
-With a part for each program the device is evenly busy, with few sequences and with some that are much longer than
-others; a second kernel joins the parts of a sequence (Dao et al. 2023, Flash-Decoding). How long a part is follows
-from the contexts, on the device, once for each step: a captured launch stays right for any batch. The query heads that
-share a key-value head are the rows of one tile.
+The tiles of all sequences lie one behind the other, and every program gets as many of them, beginning and ending where
+it may: so the device is evenly busy, with few sequences and with some that are much longer than others. A second
+kernel joins what several programs found for a sequence (Dao et al. 2023, Flash-Decoding). How many tiles a share is
+follows from the contexts, on the device, once for each step: a captured launch stays right for any batch. The query
+heads that share a key-value head are the rows of one tile.
 """
 
 # ruff: noqa: N803
@@ -20,54 +21,50 @@ from backends.cuda.kernels.attention_tile import attend_range
 from backends.cuda.kernels.kernel_launcher import KernelLauncher
 from backends.cuda.kernels.tile_shapes import LOG2_E, TileShape, head_columns, power_of_two_from
 
-_PART_TOKENS_MULTIPLE = 64  # of the keys of any tile
-_SHORT_PART_TOKENS = 512
-_SEQUENCES_MANY = 32
+_TILE_KEYS = 64  # that contexts are counted in; a multiple of the keys of any tile
+_PARTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeParts:
-    """How the keys of a step's sequences are cut."""
+class DecodeShares:
+    """How the tiles of a step's sequences are shared out."""
 
-    starts: torch.Tensor  # [num_seqs + 2] int32: each sequence's first part, the number of parts, keys of a part
-    num_parts_max: int
+    starts: torch.Tensor  # [num_seqs + 2] int32: each sequence's first tile, the number of tiles, tiles of a share
+    num_shares: int
 
 
 @triton.jit
-def _first_tile_key(context_len, MULTIPLE: tl.constexpr, WINDOW: tl.constexpr):
+def _first_tile_key(context_len, KEYS: tl.constexpr, WINDOW: tl.constexpr):
     """The first key of the first tile that is read."""
     if WINDOW > 0:
-        return tl.maximum(context_len - WINDOW, 0) // MULTIPLE * MULTIPLE
+        return tl.maximum(context_len - WINDOW, 0) // KEYS * KEYS
     return context_len * 0
 
 
 @KernelLauncher
-@triton.jit(do_not_specialize=["num_seqs", "num_wanted"], do_not_specialize_on_alignment=["context_lens"])
-def _cut_into_parts(
-    context_lens, starts, num_seqs, num_wanted, MULTIPLE: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr
+@triton.jit(do_not_specialize=["num_seqs", "num_shares"], do_not_specialize_on_alignment=["context_lens"])
+def _share_out(
+    context_lens, starts, num_seqs, num_shares, KEYS: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr
 ):
-    """One program. Parts are as long as makes about ``num_wanted`` of them."""
+    """One program."""
     sequences = tl.arange(0, SEQUENCES)
     inside = sequences < num_seqs
     lens = tl.load(context_lens + sequences, mask=inside, other=0)
-    lens = lens - _first_tile_key(lens, MULTIPLE, WINDOW)
-    total = tl.sum(lens.to(tl.int64), axis=0)
-    part_len = (tl.cdiv(tl.cdiv(total, num_wanted), MULTIPLE) * MULTIPLE).to(tl.int32)
-    part_len = tl.maximum(part_len, MULTIPLE)
-    counts = tl.cdiv(lens, part_len)
+    counts = tl.cdiv(lens - _first_tile_key(lens, KEYS, WINDOW), KEYS)
     ends = tl.cumsum(counts, axis=0)
+    total = tl.sum(counts, axis=0)
     tl.store(starts + sequences, ends - counts, mask=inside)
-    tl.store(starts + num_seqs, tl.sum(counts, axis=0))
-    tl.store(starts + num_seqs + 1, part_len)
+    tl.store(starts + num_seqs, total)
+    tl.store(starts + num_seqs + 1, tl.maximum(tl.cdiv(total, num_shares), 1))
 
 
 @triton.jit
-def _sequence_of_part(part, starts, num_seqs):
-    """The last sequence whose parts begin at or before this one, but for those without any behind it."""
+def _sequence_of_tile(tile, starts, num_seqs):
+    """The last sequence whose tiles begin at or before this one: that has it."""
     low, high = 0, num_seqs
     while high - low > 1:
         middle = (low + high) // 2
-        is_before = tl.load(starts + middle) <= part
+        is_before = tl.load(starts + middle) <= tile
         low = tl.where(is_before, middle, low)
         high = tl.where(is_before, high, middle)
     return low
@@ -83,118 +80,112 @@ def _decode_attention(
     query_row_stride, out_row_stride,
     key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
     table_row_stride, num_seqs, scale,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr,
-    SHORT_PART: tl.constexpr,
 ):  # fmt: skip
-    """One program for each part and key-value head. The result of a sequence's only part is final."""
-    part = tl.program_id(0)
+    """One program for each share and key-value head. What it finds of a sequence that is all its own is final."""
+    share = tl.program_id(0)
     kv_head = tl.program_id(1)
-    if part >= tl.load(starts + num_seqs):
+    share_len = tl.load(starts + num_seqs + 1)
+    first_tile = share * share_len
+    end_tile = tl.minimum(first_tile + share_len, tl.load(starts + num_seqs))
+    if first_tile >= end_tile:
         return
-    sequence = _sequence_of_part(part, starts, num_seqs)
-    first_part = tl.load(starts + sequence)
-    is_only = tl.load(starts + sequence + 1) == first_part + 1
-    part_len = tl.load(starts + num_seqs + 1)
-    context_len = tl.load(context_lens + sequence)
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = (rows < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
     heads = kv_head * GROUP + rows
-    row = sequence.to(tl.int64)
-    places = row * query_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
-    tile_query = tl.load(query + places, mask=inside, other=0.0)
-
-    first_seen_key = 0
-    if WINDOW > 0:
-        first_seen_key = tl.maximum(context_len - WINDOW, 0)
-    first_key = _first_tile_key(context_len, MULTIPLE, WINDOW) + (part - first_part) * part_len
-    end_key = tl.minimum(first_key + part_len, context_len)
-    # A short part would wait twice for its first keys, before tiles without masks and before the last one.
-    end_unmasked_key = tl.where(end_key - first_key > SHORT_PART, end_key // KEYS * KEYS, first_key)
-    result, weight_sum, score_max = attend_range(
-        tile_query,
-        tl.zeros((ROWS,), dtype=tl.int32) + (context_len - 1),
-        key_cache + kv_head.to(tl.int64) * key_head_stride,
-        value_cache + kv_head.to(tl.int64) * value_head_stride,
-        block_tables + row * table_row_stride,
-        first_key,
-        end_key,
-        first_seen_key,
-        end_unmasked_key,
-        key_block_stride, key_slot_stride, value_block_stride, value_slot_stride,
-        scale, ROWS, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW, WINDOW == 0,
-    )  # fmt: skip
-    result = result / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
-    out_places = row * out_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
-    part_places = part.to(tl.int64) * (KV_HEADS * GROUP) + heads
-    if is_only:
-        tl.store(out + out_places, result.to(out.dtype.element_ty), mask=inside)
-    else:
-        tl.store(part_results + part_places[:, None] * HEAD_DIM + columns[None, :], result, mask=inside)
-        tl.store(part_scores + part_places, score_max + tl.log2(weight_sum), mask=rows < GROUP)
+    key_head = key_cache + kv_head.to(tl.int64) * key_head_stride
+    value_head = value_cache + kv_head.to(tl.int64) * value_head_stride
+    first_sequence = _sequence_of_tile(first_tile, starts, num_seqs)
+    last_sequence = _sequence_of_tile(end_tile - 1, starts, num_seqs)
+    for sequence in range(first_sequence, last_sequence + 1):
+        row = tl.cast(sequence, tl.int64)
+        own_first_tile = tl.load(starts + sequence)
+        own_end_tile = tl.load(starts + sequence + 1)
+        context_len = tl.load(context_lens + sequence)
+        begin_tile = tl.maximum(first_tile, own_first_tile)
+        until_tile = tl.minimum(end_tile, own_end_tile)
+        places = row * query_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+        tile_query = tl.load(query + places, mask=inside, other=0.0)
+        first_seen_key = context_len * 0
+        if WINDOW > 0:
+            first_seen_key = tl.maximum(context_len - WINDOW, 0)
+        base_key = _first_tile_key(context_len, TILE_KEYS, WINDOW)
+        end_key = tl.minimum(base_key + (until_tile - own_first_tile) * TILE_KEYS, context_len)
+        result, weight_sum, score_max = attend_range(
+            tile_query,
+            tl.zeros((ROWS,), dtype=tl.int32) + (context_len - 1),
+            key_head,
+            value_head,
+            block_tables + row * table_row_stride,
+            base_key + (begin_tile - own_first_tile) * TILE_KEYS,
+            end_key,
+            first_seen_key,
+            end_key // KEYS * KEYS,
+            key_block_stride, key_slot_stride, value_block_stride, value_slot_stride,
+            scale, ROWS, BLOCK_SIZE, HEAD_DIM, COLUMNS, KEYS, WINDOW, False,
+        )  # fmt: skip
+        result = result / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
+        is_all = (begin_tile == own_first_tile) & (until_tile == own_end_tile) & (own_end_tile > own_first_tile)
+        out_places = row * out_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
+        # Shares and sequences both rise, so no two parts have the same sum.
+        part_places = (share + row) * (KV_HEADS * GROUP) + heads
+        tl.store(out + out_places, result.to(out.dtype.element_ty), mask=inside & is_all)
+        inside_part = inside & (is_all == 0)
+        tl.store(part_results + part_places[:, None] * HEAD_DIM + columns[None, :], result, mask=inside_part)
+        tl.store(part_scores + part_places, score_max + tl.log2(weight_sum), mask=(rows < GROUP) & (is_all == 0))
 
 
 @KernelLauncher
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _join_parts(
-    part_results,
-    part_scores,
-    out,
-    starts,
-    out_row_stride,
-    num_heads,
-    PARTS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_ROOM: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """One program for HEADS heads of a sequence: parts weighed by the sum of their exponentials, 2 ** score."""
+    part_results, part_scores, out, starts, out_row_stride, num_heads, num_seqs,
+    PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program for each sequence and head: parts weighed by the sum of their exponentials, 2 ** score."""
     sequence = tl.program_id(0).to(tl.int64)
-    first_part = tl.load(starts + sequence)
-    end_part = tl.load(starts + sequence + 1)
-    if end_part - first_part < 2:
+    head = tl.program_id(1)
+    share_len = tl.load(starts + num_seqs + 1)
+    first_tile = tl.load(starts + sequence)
+    end_tile = tl.load(starts + sequence + 1)
+    first_share = first_tile // share_len
+    end_share = (end_tile - 1) // share_len + 1
+    if (end_tile == first_tile) | (end_share - first_share < 2):
         return
-    own = tl.arange(0, HEADS_ROOM)
-    heads = tl.program_id(1) * HEADS + own
     columns = tl.arange(0, COLUMNS)
-    score_max = tl.full((HEADS_ROOM,), float("-inf"), dtype=tl.float32)
-    weight_sum = tl.zeros((HEADS_ROOM,), dtype=tl.float32)
-    joined = tl.zeros((HEADS_ROOM, COLUMNS), dtype=tl.float32)
-    for first in range(first_part, end_part, PARTS):
-        parts = first + tl.arange(0, PARTS)
-        places = parts[:, None].to(tl.int64) * num_heads + heads[None, :]
-        inside = (parts < end_part)[:, None] & (own < HEADS)[None, :]
-        scores = tl.load(part_scores + places, mask=inside, other=float("-inf"))
-        inside = inside[:, :, None] & (columns < HEAD_DIM)[None, None, :]
-        results = tl.load(part_results + places[:, :, None] * HEAD_DIM + columns[None, None, :], mask=inside, other=0.0)
+    score_max = tl.full((1,), float("-inf"), dtype=tl.float32)
+    weight_sum = tl.zeros((1,), dtype=tl.float32)
+    joined = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for first in range(first_share, end_share, PARTS):
+        shares = first + tl.arange(0, PARTS)
+        is_part = shares < end_share
+        places = (shares + sequence) * num_heads + head
+        scores = tl.load(part_scores + places, mask=is_part, other=float("-inf"))
+        inside = is_part[:, None] & (columns < HEAD_DIM)[None, :]
+        results = tl.load(part_results + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
         new_max = tl.maximum(score_max, tl.max(scores, axis=0))
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         shrink = tl.exp2(score_max - finite_max)
-        weights = tl.exp2(scores - finite_max[None, :])
+        weights = tl.exp2(scores - finite_max)
         weight_sum = weight_sum * shrink + tl.sum(weights, axis=0)
-        joined = joined * shrink[:, None] + tl.sum(results * weights[:, :, None], axis=0)
+        joined = joined * shrink + tl.sum(results * weights[:, None], axis=0)
         score_max = new_max
-    joined = joined / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
-    places = sequence * out_row_stride + heads[:, None] * HEAD_DIM + columns[None, :]
-    inside = (own < HEADS)[:, None] & (columns < HEAD_DIM)[None, :]
-    tl.store(out + places, joined.to(out.dtype.element_ty), mask=inside)
+    joined = joined / tl.where(weight_sum == 0.0, 1.0, weight_sum)
+    place = sequence * out_row_stride + head * HEAD_DIM + columns
+    tl.store(out + place, joined.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
 
 
-def cut_into_parts(
-    context_lens: torch.Tensor, num_kv_heads: int, num_programs: int, *, sliding_window: int
-) -> DecodeParts:
-    """For sequences of ``context_lens`` [num_seqs] int32: about so many programs, but none of less than 64 keys."""
+def share_out(context_lens: torch.Tensor, num_kv_heads: int, num_programs: int, *, sliding_window: int) -> DecodeShares:
+    """For sequences of ``context_lens`` [num_seqs] int32: so many programs, but none without a tile of 64 keys."""
     num_seqs = context_lens.shape[0]
-    num_wanted = max(1, num_programs // num_kv_heads)
+    num_shares = max(1, num_programs // num_kv_heads)
     starts = torch.empty(num_seqs + 2, dtype=torch.int32, device=context_lens.device)
-    _cut_into_parts(
+    _share_out(
         (1, 1, 1),
-        (context_lens, starts, num_seqs, num_wanted),
-        (_PART_TOKENS_MULTIPLE, sliding_window, power_of_two_from(num_seqs)),
+        (context_lens, starts, num_seqs, num_shares),
+        (_TILE_KEYS, sliding_window, power_of_two_from(num_seqs)),
     )
-    # Each sequence has at most one part that is not full.
-    return DecodeParts(starts, num_wanted + num_seqs)
+    return DecodeShares(starts, num_shares)
 
 
 def decode_attention(
@@ -204,7 +195,7 @@ def decode_attention(
     out: torch.Tensor,
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
-    parts: DecodeParts,
+    shares: DecodeShares,
     shape: TileShape,
     *,
     scale: float,
@@ -212,30 +203,29 @@ def decode_attention(
 ) -> None:
     """Attention of the first rows of ``query``, one for each of ``context_lens`` [num_seqs], into those of ``out``.
 
-    ``parts`` is what ``cut_into_parts`` made of the same contexts. Where a context is of no tokens, nothing is written.
+    ``shares`` is what ``share_out`` made of the same contexts. Where a context is of no tokens, nothing is written.
     """
     num_seqs = context_lens.shape[0]
     if num_seqs == 0:
         return
     _, block_size, num_kv_heads, head_dim = key_cache.shape
     num_heads = query.shape[1] // head_dim
-    group, columns = num_heads // num_kv_heads, head_columns(head_dim)
-    part_results = torch.empty((parts.num_parts_max * num_heads, head_dim), dtype=torch.float32, device=query.device)
-    part_scores = torch.empty(parts.num_parts_max * num_heads, dtype=torch.float32, device=query.device)
+    num_parts_max, columns = (shares.num_shares + num_seqs) * num_heads, head_columns(head_dim)
+    part_results = torch.empty((num_parts_max, head_dim), dtype=torch.float32, device=query.device)
+    part_scores = torch.empty(num_parts_max, dtype=torch.float32, device=query.device)
     tensors = (query, key_cache, value_cache, out, part_results, part_scores, context_lens, block_tables)
     strides = (query.stride(0), out.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3])
     _decode_attention(
-        (parts.num_parts_max, num_kv_heads, 1),
-        (*tensors, parts.starts, *strides, block_tables.stride(0), num_seqs, scale * LOG2_E),
-        (group, shape.num_rows, shape.num_keys, _PART_TOKENS_MULTIPLE, block_size, head_dim, columns, sliding_window,
-         num_kv_heads, _SHORT_PART_TOKENS),
+        (shares.num_shares, num_kv_heads, 1),
+        (*tensors, shares.starts, *strides, block_tables.stride(0), num_seqs, scale * LOG2_E),
+        (num_heads // num_kv_heads, shape.num_rows, shape.num_keys, _TILE_KEYS, block_size, head_dim, columns,
+         sliding_window, num_kv_heads),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )  # fmt: skip
-    # Few sequences have many parts each, many have few.
-    num_own, num_at_once = (group, 4) if num_seqs >= _SEQUENCES_MANY else (1, 16)
     _join_parts(
-        (num_seqs, num_heads // num_own, 1),
-        (part_results, part_scores, out, parts.starts, out.stride(0), num_heads),
-        (num_at_once, num_own, power_of_two_from(num_own), head_dim, columns),
+        (num_seqs, num_heads, 1),
+        (part_results, part_scores, out, shares.starts, out.stride(0), num_heads, num_seqs),
+        (_PARTS_AT_ONCE, head_dim, columns),
+        num_warps=1,
     )

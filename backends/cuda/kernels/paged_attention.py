@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from backends.cuda.kernels.decode_attention import DecodeParts, cut_into_parts, decode_attention
+from backends.cuda.kernels.decode_attention import DecodeShares, decode_attention, share_out
 from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.tile_shapes import decode_tile, num_programs_wanted, prefill_tile
 from backends.step_inputs import StepInputs
@@ -27,7 +27,7 @@ class StepAttention:
     prompt_query_starts: torch.Tensor  # [num_prompts + 1], rows of the whole step
     prompt_context_lens: torch.Tensor  # [num_prompts]
     prompt_block_tables: torch.Tensor  # [num_prompts, num_blocks_max]
-    decode_parts: DecodeParts | None = None  # made by the first layer, which knows how many heads there are
+    decode_shares: DecodeShares | None = None  # made by the first layer, which knows how many heads there are
 
 
 def prepare_attention(inputs: StepInputs, *, block_size: int, sliding_window: int = 0) -> StepAttention:
@@ -69,10 +69,10 @@ def attention(
     num_decodes = inputs.num_decodes
     num_compute_units, holds_large_tiles = _device_limits(query.device)
     if num_decodes:
-        if inputs.decode_parts is None:
+        if inputs.decode_shares is None:
             num_programs = num_programs_wanted(num_compute_units)
             lens = inputs.decode_context_lens
-            inputs.decode_parts = cut_into_parts(lens, num_kv_heads, num_programs, sliding_window=sliding_window)
+            inputs.decode_shares = share_out(lens, num_kv_heads, num_programs, sliding_window=sliding_window)
         decode_attention(
             query,
             key_cache,
@@ -80,7 +80,7 @@ def attention(
             out,
             inputs.decode_context_lens,
             inputs.decode_block_tables,
-            inputs.decode_parts,
+            inputs.decode_shares,
             decode_tile(*heads),
             scale=scale,
             sliding_window=sliding_window,

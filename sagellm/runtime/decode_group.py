@@ -105,6 +105,13 @@ class DecodeGroup:
             heappop(heap)
         return None
 
+    def goes_on_after(self, clock: int) -> bool:
+        """True where some member's last step comes after that one."""
+        for member in self.members.values():
+            if member.finish_clock > clock:
+                return True
+        return False
+
     def pop_fully_planned(self, clock: int) -> Iterable[LocalRequest]:
         """Remove and give, in order, members whose last step is ``clock`` or earlier."""
         while (finish_clock := self.next_finish_clock()) is not None and finish_clock <= clock:

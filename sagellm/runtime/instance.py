@@ -96,6 +96,11 @@ class Instance:
         if sender_is_idle and not steps.returned and not steps.failed and not steps.num_free:
             return ()
         effects: list[InstanceEffect] = []
+        if steps.ended_quietly is not None:
+            # The step that was due behind the last repetition is planned without what came since.
+            self._scheduler.free_deferred(steps.done_clock)
+            self._plan_step(effects)
+            steps.end_quietly()
         while steps.returned:
             self._give_out(steps.take_returned(), effects)
         if steps.failed:
@@ -248,6 +253,11 @@ class Instance:
             request = self._tried_out.pop()
             if request.state is RequestState.WAITING:
                 self._end(request, FinishReason.ERROR, effects, keep_output=False)
+        return self._plan_step(effects)
+
+    def _plan_step(self, effects: list[InstanceEffect]) -> bool:
+        """Launch a step if there is one to launch; True if so."""
+        scheduler = self._scheduler
         if scheduler.staying:
             scheduler.admit_staying()
         if scheduler.reservations:
@@ -272,8 +282,9 @@ class Instance:
         may_stop = bool(self._steps) and scheduler.decodes.num_stoppable > 0
         # Who was preempted may have left room for somebody who was looked at before.
         is_unsettled = may_stop or bool(plan.preempted_request_ids)
-        repeat_max = 1 if is_unsettled else scheduler.repeat_max(plan.chunks)
-        step_id = self._steps.launch(plan, repeat_max)
+        repeat_max, ends_quietly = (1, False) if is_unsettled else scheduler.repetition(plan.chunks)
+        ends_quietly = ends_quietly and self.config.steps_in_flight_max > 1
+        step_id = self._steps.launch(plan, repeat_max, ends_quietly=ends_quietly)
         if self._pace is not None:
             self._pace.launched(plan, self._now_ns)
         return RunStep(
@@ -284,6 +295,7 @@ class Instance:
             num_running=scheduler.num_running,
             num_waiting=len(scheduler.waiting) + len(scheduler.reservations),
             num_blocks_in_use=scheduler.kv.num_in_use,
+            ends_quietly=ends_quietly,
         )
 
     def _take_in(self, event: _ChangeOfPlan, effects: list[InstanceEffect]) -> None:

@@ -14,10 +14,10 @@ from sagellm.runtime.scheduler.step_scheduler import StepScheduler
 class StepInFlight:
     """A step from its launch to its end."""
 
-    __slots__ = ("chunks", "muted", "num_committed", "num_returned", "plan", "repeats", "sampled_request_ids",
-                 "step_id", "void")  # fmt: skip
+    __slots__ = ("chunks", "muted", "num_committed", "num_quiet", "num_returned", "plan", "repeats",
+                 "sampled_request_ids", "step_id", "void")  # fmt: skip
 
-    def __init__(self, step_id: StepId, plan: StepPlan, *, repeats: bool) -> None:
+    def __init__(self, step_id: StepId, plan: StepPlan, *, repeats: bool, num_quiet: int) -> None:
         self.step_id = step_id
         self.plan = plan
         self.chunks: tuple[TokenChunk, ...] = plan.chunks
@@ -27,6 +27,7 @@ class StepInFlight:
         self.num_committed = 1  # executions that the device has run or is about to
         self.num_returned = 0
         self.repeats = repeats  # more executions may be committed
+        self.num_quiet = num_quiet  # so many executions may come back at once, though a step was due behind them
         self.void = False  # an earlier step failed, so what this one gives means nothing
         self.muted: dict[RequestId, None] | None = None  # requests that left since the step was planned
 
@@ -68,6 +69,7 @@ class StepsInFlight:
         self.done_clock = 0
         self.returned: list[Return] = []
         self.failed: list[tuple[StepInFlight, int]] = []
+        self.ended_quietly: StepFinished | None = None  # of the first step, less its last execution, until `end_quietly`
 
     def __bool__(self) -> bool:
         return bool(self._steps)
@@ -84,10 +86,11 @@ class StepsInFlight:
         """True while steps are to come back that were planned on top of one that failed."""
         return bool(self._steps) and self._steps[0].void
 
-    def launch(self, plan: StepPlan, repeat_max: int) -> StepId:
+    def launch(self, plan: StepPlan, repeat_max: int, *, ends_quietly: bool) -> StepId:
         step_id = StepId(self._next_step)
         self._next_step += 1
-        self._steps.append(StepInFlight(step_id, plan, repeats=repeat_max > 1))
+        num_quiet = repeat_max if ends_quietly else 0
+        self._steps.append(StepInFlight(step_id, plan, repeats=repeat_max > 1, num_quiet=num_quiet))
         return step_id
 
     def mute(self, request_id: RequestId) -> None:
@@ -97,7 +100,29 @@ class StepsInFlight:
 
     def finished(self, event: StepFinished) -> None:
         """The step is over."""
-        self._came_back(event, event.invalid_request_ids, closes=True)
+        step = self._steps[0]
+        if not step.num_quiet or len(event.ends_ns) != step.num_quiet:
+            self._came_back(event, event.invalid_request_ids, closes=True)
+            return
+        # The boundary before the last execution comes first: what follows must be planned as of then.
+        assert step.step_id == event.step_id, f"step {event.step_id} came back before step {step.step_id}"
+        assert step.num_returned == 0 and not step.void
+        step.num_returned = step.num_quiet - 1
+        step.num_committed = step.num_quiet
+        step.repeats = False
+        self._scheduler.commit(step.num_returned)
+        self.done_clock += step.num_returned
+        self.ended_quietly = event
+
+    def end_quietly(self) -> None:
+        """The last execution of the step that ended quietly came back, too."""
+        event = self.ended_quietly
+        assert event is not None
+        self.ended_quietly = None
+        step = self._steps.pop(0)
+        self.done_clock += 1
+        step.num_returned += 1
+        self.returned.append(Return(step, event.ends_ns, event.token_ids, self.done_clock, event.invalid_request_ids))
 
     def progressed(self, event: StepProgressed) -> None:
         """Executions of the step ended; exactly one more is under way."""

@@ -100,11 +100,13 @@ class _Launched:
         base_ns, growth_fs = self.base_ns, self.growth_fs
         end_fs, period_fs = self.reported_end_fs, self.reported_period_fs
         ends_ns: list[int] = []
-        while self.num_reported < up_to:
-            self.num_reported += 1
+        num_reported = self.num_reported
+        while num_reported < up_to:
+            num_reported += 1
             end_fs += period_fs
             period_fs += growth_fs
             ends_ns.append(base_ns + (end_fs + _FS_PER_NS - 1) // _FS_PER_NS)
+        self.num_reported = num_reported
         self.reported_end_fs, self.reported_period_fs = end_fs, period_fs
         return tuple(ends_ns)
 

@@ -69,7 +69,9 @@ class StepsInFlight:
         self.done_clock = 0
         self.returned: list[Return] = []
         self.failed: list[tuple[StepInFlight, int]] = []
-        self.ended_quietly: StepFinished | None = None  # of the first step, less its last execution, until `end_quietly`
+        self.ended_quietly: StepFinished | None = (
+            None  # of the first step, less its last execution, until `end_quietly`
+        )
 
     def __bool__(self) -> bool:
         return bool(self._steps)
@@ -106,7 +108,8 @@ class StepsInFlight:
             return
         # The boundary before the last execution comes first: what follows must be planned as of then.
         assert step.step_id == event.step_id, f"step {event.step_id} came back before step {step.step_id}"
-        assert step.num_returned == 0 and not step.void
+        assert step.num_returned == 0
+        assert not step.void
         step.num_returned = step.num_quiet - 1
         step.num_committed = step.num_quiet
         step.repeats = False

@@ -253,10 +253,7 @@ class StepScheduler:
         return repeats, is_quiet and not decodes.num_stoppable and decodes.goes_on_after(next_finish_clock)
 
     def _drain_fully_planned(self) -> None:
-        finish_clock = self.decodes.next_finish_clock()
-        if finish_clock is None or finish_clock > self.planned_clock:
-            return
-        for request in self.decodes.pop_fully_planned(self.planned_clock):
+        while (request := self.decodes.pop_fully_planned(self.planned_clock)) is not None:
             request.move(RequestState.DRAINING)
             self.draining.append(request)
             self.num_unreturned += 1

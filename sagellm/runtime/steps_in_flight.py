@@ -9,6 +9,7 @@ from sagellm.core.messages import StepFailed, StepFinished, StepProgressed
 from sagellm.core.plan import StepPlan, TokenChunk
 from sagellm.runtime.output_tokens import TokenIds
 from sagellm.runtime.scheduler.step_scheduler import StepScheduler
+from sagellm.runtime.step_pace import StepPace
 
 
 class StepInFlight:
@@ -61,8 +62,9 @@ class Return:
 class StepsInFlight:
     """In the order of launch, which is the order in which they come back."""
 
-    def __init__(self, scheduler: StepScheduler, steps_in_flight_max: int) -> None:
+    def __init__(self, scheduler: StepScheduler, steps_in_flight_max: int, plan_lead_ns: int) -> None:
         self._scheduler = scheduler
+        self._pace = StepPace(plan_lead_ns) if plan_lead_ns else None
         self._num_max = steps_in_flight_max
         self._steps: list[StepInFlight] = []  # two at most
         self._next_step = 0
@@ -88,11 +90,17 @@ class StepsInFlight:
         """True while steps are to come back that were planned on top of one that failed."""
         return bool(self._steps) and self._steps[0].void
 
-    def launch(self, plan: StepPlan, repeat_max: int, *, ends_quietly: bool) -> StepId:
+    def plan_ns(self) -> int:
+        """When the next step is to be planned: 0 where nothing is to be waited for."""
+        return 0 if self._pace is None else self._pace.plan_ns()
+
+    def launch(self, plan: StepPlan, repeat_max: int, now_ns: int, *, ends_quietly: bool) -> StepId:
         step_id = StepId(self._next_step)
         self._next_step += 1
         num_quiet = repeat_max if ends_quietly else 0
         self._steps.append(StepInFlight(step_id, plan, repeats=repeat_max > 1, num_quiet=num_quiet))
+        if self._pace is not None:
+            self._pace.launched(plan, now_ns)
         return step_id
 
     def mute(self, request_id: RequestId) -> None:
@@ -100,8 +108,10 @@ class StepsInFlight:
         for step in [*self._steps, *(returned.step for returned in self.returned)]:
             step.mute(request_id)
 
-    def finished(self, event: StepFinished) -> None:
+    def finished(self, event: StepFinished, now_ns: int) -> None:
         """The step is over."""
+        if self._pace is not None:
+            self._pace.ended(now_ns)
         step = self._steps[0]
         if not step.num_quiet or len(event.ends_ns) != step.num_quiet:
             self._came_back(event, event.invalid_request_ids, closes=True)
@@ -149,8 +159,10 @@ class StepsInFlight:
         if num_ends and not step.void:
             self.returned.append(Return(step, ends_ns, event.token_ids, self.done_clock, invalid_request_ids))
 
-    def failed_to_come_back(self, event: StepFailed) -> None:
+    def failed_to_come_back(self, event: StepFailed, now_ns: int) -> None:
         """A step gave nothing, and so all that were planned on top of it mean nothing."""
+        if self._pace is not None:
+            self._pace.failed(now_ns)
         step = self._steps.pop(0)
         assert step.step_id == event.step_id, f"step {event.step_id} failed before step {step.step_id} was back"
         if not step.void:

@@ -226,7 +226,7 @@ class StepScheduler:
     def repetition(self, chunks: tuple[TokenChunk, ...]) -> tuple[int, bool]:
         """How often the plan just made can be repeated with the same requests, and whether it ends quietly then.
 
-        It ends quietly where the step after that is a decode of those that are left, whatever comes back by then.
+        It ends quietly where the step that is due while its last execution runs decodes those that are left.
         """
         config, decodes = self.config, self.decodes
         if chunks or self.prefilling or config.repeat_max == 1:
@@ -250,6 +250,7 @@ class StepScheduler:
             return num_with_room, False
         # A prefilled request that comes back may stay here and want a place.
         is_quiet = repeats == num_to_finish and not somebody_waits and self.num_unreturned == len(self.draining)
+        is_quiet = is_quiet and config.steps_in_flight_max > 1
         return repeats, is_quiet and not decodes.num_stoppable and decodes.goes_on_after(next_finish_clock)
 
     def _drain_fully_planned(self) -> None:

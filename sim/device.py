@@ -34,6 +34,7 @@ class _Launched:
         "base_ns",
         "behind_ns",
         "due",
+        "ends_quietly",
         "growth_fs",
         "is_open",
         "num_reported",
@@ -57,6 +58,7 @@ class _Launched:
         self.behind_ns = behind_ns  # end of the step before it; -1: it was launched on an idle device
         self.num_to_run = 1
         self.is_open = False  # more repetitions may follow than are committed
+        self.ends_quietly = False  # where nothing comes before the last repetition, all are reported at once
         self.due: Call | None = None  # what it is to report next; what was due before is void
         # Up to where repetitions are reported: their number, the last one's end, and the next one's length.
         self.num_reported = 0
@@ -98,11 +100,13 @@ class _Launched:
         base_ns, growth_fs = self.base_ns, self.growth_fs
         end_fs, period_fs = self.reported_end_fs, self.reported_period_fs
         ends_ns: list[int] = []
-        while self.num_reported < up_to:
-            self.num_reported += 1
+        num_reported = self.num_reported
+        while num_reported < up_to:
+            num_reported += 1
             end_fs += period_fs
             period_fs += growth_fs
             ends_ns.append(base_ns + (end_fs + _FS_PER_NS - 1) // _FS_PER_NS)
+        self.num_reported = num_reported
         self.reported_end_fs, self.reported_period_fs = end_fs, period_fs
         return tuple(ends_ns)
 
@@ -125,6 +129,10 @@ class SimDevice:
         self._host_free_fs = 0
         self._device_free_fs = 0  # end of the last committed execution
         self._last_end_fs = 0  # end of the last execution that is over
+        self._left_out_ns = -1  # when a step ended quietly; the step behind it counts as launched before:
+        self._left_out_fs = 0
+        self._is_left_out_cut = False  # an event came since then: that step is not repeated
+        self._left_out_slowdown = 0  # as it was then; 0: it has not changed
         self._slowdown = 1  # a straggler's device takes so many times as long
         self._ends_to_failure = -1  # executions still to end well before one fails; -1: none is to fail
 
@@ -141,41 +149,57 @@ class SimDevice:
         )
         host_fs = cost.host_fs
         device_fs, growth_fs = cost.device_fs, cost.device_growth_fs
-        if self._slowdown != 1:
-            device_fs, growth_fs = device_fs * self._slowdown, growth_fs * self._slowdown
-        ready_fs = max(self._exact_fs(now_ns), self._host_free_fs) + host_fs
+        launched_fs, slowdown = self._exact_fs(now_ns), self._slowdown
+        behind_ns = _to_ns(self._device_free_fs) if self._launched else -1
+        num_max = min(repeat_max, cost.linear_repeat_max) if self._ends_to_failure < 0 else 1
+        if self._left_out_ns == now_ns:
+            self._left_out_ns = -1
+            launched_fs, behind_ns = self._left_out_fs, now_ns
+            slowdown = self._left_out_slowdown or slowdown
+            num_max = 1 if self._is_left_out_cut else num_max
+        if slowdown != 1:
+            device_fs, growth_fs = device_fs * slowdown, growth_fs * slowdown
+        ready_fs = max(launched_fs, self._host_free_fs) + host_fs
         self._host_free_fs = ready_fs
         start_fs = max(ready_fs, self._device_free_fs)
         gap_fs = host_fs if self._is_synchronous else 0
-        behind_ns = _to_ns(self._device_free_fs) if self._launched else -1
         launched = _Launched(step, start_fs, device_fs, growth_fs, gap_fs, behind_ns)
         self._launched.append(launched)
         if repeat_max == 1:
             self._finish_at(launched, 1)
             return
         launched.is_open = True
-        num_max = min(repeat_max, cost.linear_repeat_max) if self._ends_to_failure < 0 else 1
         if self._is_synchronous:
             self._finish_at(launched, num_max)
         elif num_max == 1 or host_fs > device_fs:
             # Where the host is the slower one, every step must be looked at by itself.
             self._progress_at(launched, 0, max(behind_ns, now_ns))
+        elif step.ends_quietly and num_max == repeat_max:
+            launched.ends_quietly = True
+            self._is_left_out_cut, self._left_out_slowdown = False, 0
+            self._finish_at(launched, num_max)
         else:
             self._progress_at(launched, num_max - 1, launched.end_ns(num_max - 1))
 
     def interrupt(self, now_ns: int) -> None:
         """An event came for the instance: let a repeated step end at the next boundary."""
+        if self._left_out_ns == now_ns:
+            self._is_left_out_cut = True
         if not self._launched or not self._launched[-1].is_open:
             return
         launched = self._launched[-1]
         if not self._is_synchronous and launched.behind_ns >= now_ns:
+            launched.ends_quietly = False
             self._progress_at(launched, 0, launched.behind_ns)
             return
         num_done = launched.first_end_from(now_ns)
         if self._is_synchronous:
             if num_done < launched.num_to_run:
                 self._finish_at(launched, num_done)
-        elif num_done < launched.num_to_run - 1:
+        elif launched.ends_quietly and num_done == launched.num_to_run:
+            self._is_left_out_cut = True
+        elif num_done < launched.num_to_run - 1 or launched.ends_quietly:
+            launched.ends_quietly = False
             self._progress_at(launched, num_done, launched.end_ns(num_done))
 
     def fail_next(self, now_ns: int) -> None:
@@ -188,6 +212,8 @@ class SimDevice:
     def slow_down(self, slowdown: int, now_ns: int) -> None:
         """Steps launched from now on take so many times as long."""
         self.interrupt(now_ns)
+        if self._is_left_out_cut and not self._left_out_slowdown:
+            self._left_out_slowdown = self._slowdown
         self._slowdown = slowdown
 
     def halt(self, now_ns: int) -> StepProgressed | None:
@@ -241,6 +267,9 @@ class SimDevice:
         """The step's last repetition ends."""
         first = self._launched.pop(0)
         assert first is launched
+        if launched.ends_quietly:
+            self._left_out_ns = at_ns
+            self._left_out_fs = launched.end_fs(launched.num_to_run - 1)
         launched.due = None  # or the two would keep each other alive
         self._last_end_fs = end_fs
         step = launched.step

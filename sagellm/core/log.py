@@ -16,7 +16,7 @@ from sagellm.core.config import ControlPlaneConfig, InstanceConfig
 from sagellm.core.identity import InstanceId
 from sagellm.core.messages import Effect, Event
 
-LOG_SCHEMA = 1
+LOG_SCHEMA = 2
 _RECORDS_AT_ONCE = 64  # few enough that they are still in the processor's cache
 
 

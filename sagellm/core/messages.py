@@ -269,7 +269,13 @@ class RunStep(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     A driver ends the repetition at the first step boundary after an event for the instance. With two
     steps in flight one more repetition is by then under way; see ``StepProgressed``.
-    The last three fields are for observers; no driver needs them to run the step.
+
+    With ``ends_quietly`` the step behind the last of all repetitions is settled now: where no event comes
+    before the last but one is over, nothing is left to decide there. So a driver may leave that boundary
+    out, and report all repetitions in one ``StepFinished``. The first step launched in answer belongs to
+    the boundary that was left out: it counts as launched then, and is cut short by what came since.
+
+    ``num_running``, ``num_waiting`` and ``num_blocks_in_use`` are for observers; no driver needs them.
     """
 
     instance_id: InstanceId
@@ -279,6 +285,7 @@ class RunStep(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     num_running: int = 0
     num_waiting: int = 0
     num_blocks_in_use: int = 0  # not counting cached blocks that nobody uses
+    ends_quietly: bool = False
 
 
 @final

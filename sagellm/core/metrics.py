@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics
 
 _LAUNCH_COLUMNS = 6
 _RETURN_COLUMNS = 2
-_PENDING_MAX = 1 << 14
+_PENDING_MAX = 1 << 12  # few enough that they are still in the processor's cache
 
 
 class _Integers:
@@ -65,37 +64,33 @@ class _Gaps:
     Emissions are kept as they come and turned into gaps many at a time, at C speed.
     """
 
-    __slots__ = ("_emissions_ns", "_last_ns", "_num_ends", "_num_first", "_num_pending", "_num_requests", "count",
-                 "gap_ns")  # fmt: skip
+    __slots__ = ("_ends_ns", "_last_ns", "_num_ends", "_num_first", "_num_requests", "count", "gap_ns")
 
     def __init__(self) -> None:
-        self._emissions_ns: list[tuple[int, ...]] = []  # times of the tokens
-        self._last_ns: list[int] = []  # of each: time of the token before the first
+        self._ends_ns: list[int] = []  # times of the tokens, of one emission after the other
+        self._last_ns: list[int] = []  # of each emission: time of the token before the first
         self._num_ends: list[int] = []
         self._num_first: list[int] = []  # requests that have the first gap
         self._num_requests: list[int] = []  # that have the other gaps
-        self._num_pending = 0
         self.gap_ns: array[int] = array("q")
         self.count: array[int] = array("q")
 
     def add(self, last_ns: int, ends_ns: tuple[int, ...], num_first: int, num_requests: int) -> None:
-        num_ends = len(ends_ns)
-        self._emissions_ns.append(ends_ns)
+        self._ends_ns.extend(ends_ns)
         self._last_ns.append(last_ns)
-        self._num_ends.append(num_ends)
+        self._num_ends.append(len(ends_ns))
         self._num_first.append(num_first)
         self._num_requests.append(num_requests)
-        self._num_pending += num_ends
-        if self._num_pending > _PENDING_MAX:
+        if len(self._ends_ns) > _PENDING_MAX:
             self.settle()
 
     def settle(self) -> None:
         """Work out the gaps of what is pending."""
-        if not self._num_pending:
+        if not self._ends_ns:
             return
         lengths = _int64s(self._num_ends)
         firsts = np.cumsum(lengths) - lengths
-        ends = np.fromiter(chain.from_iterable(self._emissions_ns), np.int64, self._num_pending)
+        ends = _int64s(self._ends_ns)
         before = np.empty_like(ends)
         before[1:] = ends[:-1]
         before[firsts] = _int64s(self._last_ns)
@@ -104,10 +99,8 @@ class _Gaps:
         is_seen = counts > 0
         self.gap_ns.frombytes((ends - before)[is_seen].tobytes())
         self.count.frombytes(counts[is_seen].tobytes())
-        for pending in (self._last_ns, self._num_ends, self._num_first, self._num_requests):
+        for pending in (self._ends_ns, self._last_ns, self._num_ends, self._num_first, self._num_requests):
             pending.clear()
-        self._emissions_ns.clear()
-        self._num_pending = 0
 
 
 def _int64s(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -122,12 +122,19 @@ class KVCache:
         """Append ``count`` blocks to a table, evicting cached ones as needed; the new blocks."""
         assert not blocks.released, "I11 no use after free: grow after release"
         free_ids = self._free_ids
-        if count == 1 and free_ids:  # which is what nearly every call asks for
+        if not 0 < count <= len(free_ids):
+            new_ids = self._take(count)
+            blocks.block_ids += new_ids
+            return tuple(new_ids)
+        block_id = free_ids.pop()
+        blocks.block_ids.append(block_id)
+        if count == 1:  # which is what nearly every call asks for
+            return (block_id,)
+        new_ids = [block_id]
+        while len(new_ids) < count:
             block_id = free_ids.pop()
             blocks.block_ids.append(block_id)
-            return (block_id,)
-        new_ids = self._take(count)
-        blocks.block_ids += new_ids
+            new_ids.append(block_id)
         return tuple(new_ids)
 
     def publish(self, request: RequestSpec, blocks: RequestBlocks, num_computed_tokens: int) -> None:

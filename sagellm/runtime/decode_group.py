@@ -6,7 +6,6 @@ step in which it needs its next block, and the step that is its last. Advancing 
 steps is then one addition.
 """
 
-from collections.abc import Iterable
 from heapq import heappop, heappush
 
 from sagellm.core.identity import RequestId
@@ -105,12 +104,18 @@ class DecodeGroup:
             heappop(heap)
         return None
 
-    def pop_fully_planned(self, clock: int) -> Iterable[LocalRequest]:
-        """Remove and give, in order, members whose last step is ``clock`` or earlier."""
-        while (finish_clock := self.next_finish_clock()) is not None and finish_clock <= clock:
-            request = heappop(self._finish_heap)[3]
-            self.leave(request)
-            yield request
+    def goes_on_after(self, clock: int) -> bool:
+        """True where some member's last step comes after that one."""
+        return any(member.finish_clock > clock for member in self.members.values())
+
+    def pop_fully_planned(self, clock: int) -> LocalRequest | None:
+        """Remove and give the next member whose last step is ``clock`` or earlier; None where there is none left."""
+        finish_clock = self.next_finish_clock()
+        if finish_clock is None or finish_clock > clock:
+            return None
+        request = heappop(self._finish_heap)[3]
+        self.leave(request)
+        return request
 
     def repeat_max(self, clock: int, num_blocks_available: int, repeat_max: int) -> int:
         """How many steps, from ``clock`` on, can be repeated without asking for a block in vain.

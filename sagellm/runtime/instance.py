@@ -39,11 +39,9 @@ from sagellm.runtime.kv_sender import KVSender, release_of
 from sagellm.runtime.local_request import IN_STEPS, LocalRequest, RequestState
 from sagellm.runtime.output_tokens import take_tokens, without
 from sagellm.runtime.scheduler.step_scheduler import StepScheduler
-from sagellm.runtime.step_pace import StepPace
 from sagellm.runtime.steps_in_flight import Return, StepInFlight, StepsInFlight
 
 _ChangeOfPlan = ReserveKV | AbortRequest | ReleaseKV | SourceLost | DecodeHere | HandoverFinished | KVReserved
-_DeferredEvent = AssignRequest | _ChangeOfPlan
 _HandoverEvent = KVReserved | KVTransferred | KVTransferFailed
 
 
@@ -56,10 +54,9 @@ class Instance:
         self._sender = KVSender(config)
         self._requests: dict[RequestId, LocalRequest] = {}
         self._receiver = KVReceiver(config.instance_id, self._scheduler)
-        self._steps = StepsInFlight(self._scheduler, config.steps_in_flight_max)
-        self._pace = StepPace(config.plan_lead_ns) if config.plan_lead_ns else None
+        self._steps = StepsInFlight(self._scheduler, config.steps_in_flight_max, config.plan_lead_ns)
         self._tried_out: list[LocalRequest] = []
-        self._inbox: list[_DeferredEvent] = []
+        self._inbox: list[AssignRequest | _ChangeOfPlan] = []
         self._handover_inbox: list[_HandoverEvent] = []
         self._moved: list[LocalRequest] = []  # their KV is elsewhere; their blocks are free at the next boundary
         self._now_ns = 0
@@ -71,17 +68,13 @@ class Instance:
         assert now_ns >= self._now_ns, f"time ran backwards: {now_ns} after {self._now_ns}"
         self._now_ns = now_ns
         if type(event) is StepFinished:
-            self._steps.finished(event)
-            if self._pace is not None:
-                self._pace.ended(now_ns)
+            self._steps.finished(event, now_ns)
         elif type(event) is StepProgressed:
             self._steps.progressed(event)
         elif type(event) is AssignRequest:
             self._inbox.append(event)
         elif isinstance(event, StepFailed):
-            self._steps.failed_to_come_back(event)
-            if self._pace is not None:
-                self._pace.failed(now_ns)
+            self._steps.failed_to_come_back(event, now_ns)
         elif isinstance(event, KVReserved | KVTransferred | KVTransferFailed):
             self._handover_inbox.append(event)
         else:
@@ -96,6 +89,10 @@ class Instance:
         if sender_is_idle and not steps.returned and not steps.failed and not steps.num_free:
             return ()
         effects: list[InstanceEffect] = []
+        if steps.ended_quietly is not None:
+            # The step that was due behind the last repetition is planned without what came since.
+            self._plan_step(effects)
+            steps.end_quietly()
         while steps.returned:
             self._give_out(steps.take_returned(), effects)
         if steps.failed:
@@ -103,7 +100,7 @@ class Instance:
                 self._roll_back(step, clock)
         if not sender_is_idle or not self._sender.is_idle:
             self._hand_over(effects, now_ns)
-        while steps.num_free and (self._pace is None or self._pace.plan_ns() <= now_ns):
+        while steps.num_free and steps.plan_ns() <= now_ns:
             if not self._decide(effects):
                 break
         if not self._sender.is_idle:
@@ -112,10 +109,7 @@ class Instance:
 
     def deadline_ns(self) -> int | None:
         """When the first KV transfer under way runs out of time, or a step that is held back is to be planned."""
-        deadline_ns = self._sender.deadline_ns()
-        if self._pace is None:
-            return deadline_ns
-        plan_ns = self._pace.plan_ns()
+        deadline_ns, plan_ns = self._sender.deadline_ns(), self._steps.plan_ns()
         if plan_ns <= self._now_ns:
             return deadline_ns
         return plan_ns if deadline_ns is None else min(plan_ns, deadline_ns)
@@ -127,14 +121,13 @@ class Instance:
 
         Those that were in the failed step count it, and are given up after too many.
         """
-        in_failed_step = failed.plan.num_tokens_by_request()
+        scheduler, in_failed_step = self._scheduler, failed.plan.num_tokens_by_request()
         running = [request for request in self._requests.values() if request.state in IN_STEPS]
         for request in sorted(running, key=lambda request: -request.sequence):
             assert request.blocks is not None
             if request.num_transfers and self._sender.hold(request, request.blocks):
                 request.blocks = None
-            num_output_tokens = self._scheduler.num_returned_output(request, clock)
-            self._scheduler.requeue(request, num_output_tokens, self._steps.done_clock)
+            scheduler.requeue(request, scheduler.num_returned_output(request, clock), self._steps.done_clock)
             if request.request_id in in_failed_step:
                 request.failed_steps += 1
                 if request.failed_steps >= self.config.step_attempts_max:
@@ -142,8 +135,7 @@ class Instance:
 
     def _give_out(self, returned: Return, effects: list[InstanceEffect]) -> None:
         """Tokens to clients, and what their coming back means for the requests of the step."""
-        step, token_ids = returned.step, returned.token_ids
-        request_ids = step.sampled_request_ids
+        step, token_ids, request_ids = returned.step, returned.token_ids, returned.step.sampled_request_ids
         for request_id in returned.invalid_request_ids:
             if not step.muted or request_id not in step.muted:
                 self._end(self._requests[request_id], FinishReason.ERROR, effects, keep_output=False)
@@ -241,13 +233,18 @@ class Instance:
                     self._take_in(event, effects)
         while self._sender.released:
             scheduler.free_blocks(self._sender.released.pop(0), self._steps.done_clock)
-        scheduler.free_deferred(self._steps.done_clock)
         if self._steps.is_void:
             return False
         while self._tried_out:
             request = self._tried_out.pop()
             if request.state is RequestState.WAITING:
                 self._end(request, FinishReason.ERROR, effects, keep_output=False)
+        return self._plan_step(effects)
+
+    def _plan_step(self, effects: list[InstanceEffect]) -> bool:
+        """Launch a step if there is one to launch; True if so."""
+        scheduler = self._scheduler
+        scheduler.free_deferred(self._steps.done_clock)
         if scheduler.staying:
             scheduler.admit_staying()
         if scheduler.reservations:
@@ -272,10 +269,8 @@ class Instance:
         may_stop = bool(self._steps) and scheduler.decodes.num_stoppable > 0
         # Who was preempted may have left room for somebody who was looked at before.
         is_unsettled = may_stop or bool(plan.preempted_request_ids)
-        repeat_max = 1 if is_unsettled else scheduler.repeat_max(plan.chunks)
-        step_id = self._steps.launch(plan, repeat_max)
-        if self._pace is not None:
-            self._pace.launched(plan, self._now_ns)
+        repeat_max, ends_quietly = (1, False) if is_unsettled else scheduler.repetition(plan.chunks)
+        step_id = self._steps.launch(plan, repeat_max, self._now_ns, ends_quietly=ends_quietly)
         return RunStep(
             instance_id=self.config.instance_id,
             step_id=step_id,
@@ -284,6 +279,7 @@ class Instance:
             num_running=scheduler.num_running,
             num_waiting=len(scheduler.waiting) + len(scheduler.reservations),
             num_blocks_in_use=scheduler.kv.num_in_use,
+            ends_quietly=ends_quietly,
         )
 
     def _take_in(self, event: _ChangeOfPlan, effects: list[InstanceEffect]) -> None:
@@ -327,16 +323,8 @@ class Instance:
             self._scheduler.staying.append(request)
 
     def _keep_unreserved(self) -> bool:
-        """Break a circle, where nothing runs and a request that waits here has its room elsewhere already.
-
-        What holds the blocks here may wait for room that is kept for just those that wait here. Requests
-        that nobody has room for decode here, then, and their blocks come free in the end.
-        """
-        has_reservation = self._sender.has_reservation
-        if not any(has_reservation(request.request_id) for request in self._scheduler.waiting):
-            return False
-        waiting = [request for request in self._requests.values() if request.waits_for_hand_over]
-        kept = [request for request in waiting if not has_reservation(request.request_id)]
+        """Let requests that nobody has room for decode here, where that breaks a circle; True if there are any."""
+        kept = self._sender.in_a_circle(self._scheduler.waiting, self._requests.values())
         for request in kept:
             self._decode_here(request)
         self._scheduler.admit_staying()

@@ -5,6 +5,7 @@ have come back, one transfer at a time for each request, and the rest when the p
 the decode instance is chosen only at the end, the same code makes one transfer of all blocks.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sagellm.core.config import InstanceConfig
@@ -67,9 +68,15 @@ class KVSender:
         """True while any transfer is under way."""
         return bool(self._by_transfer)
 
-    def has_reservation(self, request_id: RequestId) -> bool:
-        """True where a decode instance has room for the request, and it has not moved there yet."""
-        return request_id in self._handovers
+    def in_a_circle(self, waiting: Iterable[LocalRequest], requests: Iterable[LocalRequest]) -> list[LocalRequest]:
+        """Prefilled requests that have no room elsewhere, where one that waits here to be prefilled has it already.
+
+        If nothing runs, that is a circle: what holds the blocks here may wait for room that is kept for just
+        those that wait for blocks here. Where the former decode here, their blocks come free in the end.
+        """
+        if not any(request.request_id in self._handovers for request in waiting):
+            return []
+        return [each for each in requests if each.waits_for_hand_over and each.request_id not in self._handovers]
 
     def hold(self, request: LocalRequest, blocks: RequestBlocks) -> bool:
         """Keep blocks that the request gives up until no transfer reads them; False where none does."""

@@ -9,15 +9,16 @@ from sagellm.core.messages import StepFailed, StepFinished, StepProgressed
 from sagellm.core.plan import StepPlan, TokenChunk
 from sagellm.runtime.output_tokens import TokenIds
 from sagellm.runtime.scheduler.step_scheduler import StepScheduler
+from sagellm.runtime.step_pace import StepPace
 
 
 class StepInFlight:
     """A step from its launch to its end."""
 
-    __slots__ = ("chunks", "muted", "num_committed", "num_returned", "plan", "repeats", "sampled_request_ids",
-                 "step_id", "void")  # fmt: skip
+    __slots__ = ("chunks", "muted", "num_committed", "num_quiet", "num_returned", "plan", "repeats",
+                 "sampled_request_ids", "step_id", "void")  # fmt: skip
 
-    def __init__(self, step_id: StepId, plan: StepPlan, *, repeats: bool) -> None:
+    def __init__(self, step_id: StepId, plan: StepPlan, *, repeats: bool, num_quiet: int) -> None:
         self.step_id = step_id
         self.plan = plan
         self.chunks: tuple[TokenChunk, ...] = plan.chunks
@@ -27,6 +28,7 @@ class StepInFlight:
         self.num_committed = 1  # executions that the device has run or is about to
         self.num_returned = 0
         self.repeats = repeats  # more executions may be committed
+        self.num_quiet = num_quiet  # so many executions may come back at once, though a step was due behind them
         self.void = False  # an earlier step failed, so what this one gives means nothing
         self.muted: dict[RequestId, None] | None = None  # requests that left since the step was planned
 
@@ -60,14 +62,18 @@ class Return:
 class StepsInFlight:
     """In the order of launch, which is the order in which they come back."""
 
-    def __init__(self, scheduler: StepScheduler, steps_in_flight_max: int) -> None:
+    def __init__(self, scheduler: StepScheduler, steps_in_flight_max: int, plan_lead_ns: int) -> None:
         self._scheduler = scheduler
+        self._pace = StepPace(plan_lead_ns) if plan_lead_ns else None
         self._num_max = steps_in_flight_max
         self._steps: list[StepInFlight] = []  # two at most
         self._next_step = 0
         self.done_clock = 0
         self.returned: list[Return] = []
         self.failed: list[tuple[StepInFlight, int]] = []
+        self.ended_quietly: StepFinished | None = (
+            None  # of the first step, less its last execution, until `end_quietly`
+        )
 
     def __bool__(self) -> bool:
         return bool(self._steps)
@@ -84,10 +90,17 @@ class StepsInFlight:
         """True while steps are to come back that were planned on top of one that failed."""
         return bool(self._steps) and self._steps[0].void
 
-    def launch(self, plan: StepPlan, repeat_max: int) -> StepId:
+    def plan_ns(self) -> int:
+        """When the next step is to be planned: 0 where nothing is to be waited for."""
+        return 0 if self._pace is None else self._pace.plan_ns()
+
+    def launch(self, plan: StepPlan, repeat_max: int, now_ns: int, *, ends_quietly: bool) -> StepId:
         step_id = StepId(self._next_step)
         self._next_step += 1
-        self._steps.append(StepInFlight(step_id, plan, repeats=repeat_max > 1))
+        num_quiet = repeat_max if ends_quietly else 0
+        self._steps.append(StepInFlight(step_id, plan, repeats=repeat_max > 1, num_quiet=num_quiet))
+        if self._pace is not None:
+            self._pace.launched(plan, now_ns)
         return step_id
 
     def mute(self, request_id: RequestId) -> None:
@@ -95,9 +108,34 @@ class StepsInFlight:
         for step in [*self._steps, *(returned.step for returned in self.returned)]:
             step.mute(request_id)
 
-    def finished(self, event: StepFinished) -> None:
+    def finished(self, event: StepFinished, now_ns: int) -> None:
         """The step is over."""
-        self._came_back(event, event.invalid_request_ids, closes=True)
+        if self._pace is not None:
+            self._pace.ended(now_ns)
+        step = self._steps[0]
+        if not step.num_quiet or len(event.ends_ns) != step.num_quiet:
+            self._came_back(event, event.invalid_request_ids, closes=True)
+            return
+        # The boundary before the last execution comes first: what follows must be planned as of then.
+        assert step.step_id == event.step_id, f"step {event.step_id} came back before step {step.step_id}"
+        assert step.num_returned == 0
+        assert not step.void
+        step.num_returned = step.num_quiet - 1
+        step.num_committed = step.num_quiet
+        step.repeats = False
+        self._scheduler.commit(step.num_returned)
+        self.done_clock += step.num_returned
+        self.ended_quietly = event
+
+    def end_quietly(self) -> None:
+        """The last execution of the step that ended quietly came back, too."""
+        event = self.ended_quietly
+        assert event is not None
+        self.ended_quietly = None
+        step = self._steps.pop(0)
+        self.done_clock += 1
+        step.num_returned += 1
+        self.returned.append(Return(step, event.ends_ns, event.token_ids, self.done_clock, event.invalid_request_ids))
 
     def progressed(self, event: StepProgressed) -> None:
         """Executions of the step ended; exactly one more is under way."""
@@ -121,8 +159,10 @@ class StepsInFlight:
         if num_ends and not step.void:
             self.returned.append(Return(step, ends_ns, event.token_ids, self.done_clock, invalid_request_ids))
 
-    def failed_to_come_back(self, event: StepFailed) -> None:
+    def failed_to_come_back(self, event: StepFailed, now_ns: int) -> None:
         """A step gave nothing, and so all that were planned on top of it mean nothing."""
+        if self._pace is not None:
+            self._pace.failed(now_ns)
         step = self._steps.pop(0)
         assert step.step_id == event.step_id, f"step {event.step_id} failed before step {step.step_id} was back"
         if not step.void:

@@ -28,6 +28,7 @@ from sagellm.core.messages import (
     StepProgressed,
     TransferKV,
 )
+from sagellm.core.plan import StepPlan
 from sagellm.core.request import FinishReason, RequestSpec
 from sagellm.runtime.instance import Instance
 
@@ -287,6 +288,33 @@ def test_repetitions_that_ended_before_the_failure_count() -> None:
     bench.run_to_the_end()
     assert sum(len(e.ends_ns) for e in of(EmitTokens, bench.effects)) == 9
     assert bench.ends() == {"a": FinishReason.LENGTH}
+
+
+@pytest.mark.parametrize("comes_late", [False, True])
+def test_one_report_of_a_quiet_end_is_as_good_as_two(comes_late: bool) -> None:
+    """What comes with it, or in its last repetition, is not in the step that was due before."""
+    plans: list[list[StepPlan]] = []
+    for is_told_once in (False, True):
+        bench = Bench(steps_in_flight_max=2, num_blocks=30)
+        bench.give(assign(spec("a", 4, 9)), assign(spec("b", 4, 30)))
+        bench.finish()
+        step = of(RunStep, bench.effects)[-1]
+        assert (step.ends_quietly, step.repeat_max) == (True, 8)
+        ends_ns = tuple(range(2, 10))
+        if not is_told_once:
+            bench.now_ns = ends_ns[-2]
+            bench.give(StepProgressed(ME, step.step_id, ends_ns[:-1]))
+            # The step behind is cut short by the news: it runs once.
+        bench.now_ns = ends_ns[-1]
+        news = [assign(spec("c", 4, 5))] if comes_late else []
+        finished = StepFinished(ME, step.step_id, ends_ns if is_told_once else ends_ns[-1:])
+        bench.give(*news, finished)
+        if comes_late:
+            bench.give(StepProgressed(ME, bench.step_id, ()))
+        bench.run_to_the_end()
+        assert sum(len(e.ends_ns) * len(e.request_ids) for e in of(EmitTokens, bench.effects)) == 39 + 5 * comes_late
+        plans.append([step.plan for step in of(RunStep, bench.effects)])
+    assert plans[0] == plans[1]
 
 
 @pytest.mark.parametrize("num_output", [2, 10], ids=["all of it", "a part"])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from sagellm.core.config import ControlPlaneConfig, HandoverStart, InstanceConfig, Role
-from sagellm.core.identity import InstanceId, RequestId
+from sagellm.core.identity import InstanceId, RequestId, StepId
 from sagellm.core.messages import (
     AssignRequest,
     DecodeHere,
@@ -198,6 +198,7 @@ class Recording:
         self.counts: Counter[str] = Counter()
         self.events: list[tuple[int, InstanceId, Event]] = []
         self.effects: list[tuple[int, InstanceId, Effect]] = []
+        self._num_quiet: dict[tuple[InstanceId, StepId], int] = {}  # repetitions of steps that may end quietly
         self.driver: SimDriver
 
     def event(self, now_ns: int, machine: InstanceId, event: Event) -> None:
@@ -207,6 +208,9 @@ class Recording:
             case StepFinished(ends_ns=ends_ns) | StepProgressed(ends_ns=ends_ns):
                 self.counts["repeated"] += len(ends_ns) > 1
                 self.counts[f"{type(event).__name__} of {min(len(ends_ns), 3)}"] += 1
+                if isinstance(event, StepFinished) and len(ends_ns) == self._num_quiet.get((machine, event.step_id)):
+                    is_cut = any(who == machine and at_ns > ends_ns[-2] for at_ns, who, _ in self.events[-9:-1])
+                    self.counts["ended quietly, with news" if is_cut else "ended quietly"] += 1
             case StepFailed():
                 self.decisions.append((now_ns, f"{event.instance_id} {event.reason}"))
             case KVTransferred() | KVTransferFailed():
@@ -224,6 +228,8 @@ class Recording:
                     self.decisions += [(now_ns, f"{machine} {chunk}") for chunk in plan.chunks]
                     self.decisions += [(now_ns, f"{machine} preempts {r}") for r in plan.preempted_request_ids]
                     self.counts["preempted"] += len(plan.preempted_request_ids)
+                    if effect.ends_quietly:
+                        self._num_quiet[machine, effect.step_id] = effect.repeat_max
                 case KVReserved() | TransferKV():
                     # Which of the free blocks are taken may differ, how many may not.
                     ids = effect.block_ids if isinstance(effect, KVReserved) else effect.source_block_ids

@@ -1,5 +1,8 @@
 """The simulated device's arithmetic against stepping through every repetition."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import hypothesis.strategies as st
 import msgspec
 import pytest
@@ -22,8 +25,8 @@ COSTS = st.builds(
 )
 
 
-def step(step_id: int, repeat_max: int = 1) -> RunStep:
-    return RunStep(ME, StepId(step_id), StepPlan((RequestId("a"),), 1, (), ()), repeat_max)
+def step(step_id: int, repeat_max: int = 1, *, ends_quietly: bool = False) -> RunStep:
+    return RunStep(ME, StepId(step_id), StepPlan((RequestId("a"),), 1, (), ()), repeat_max, ends_quietly=ends_quietly)
 
 
 @given(
@@ -70,9 +73,13 @@ class OneCost:
 class Bench:
     """A device that runs one decode batch for so many tokens, and a clock."""
 
-    def __init__(self, cost: StepCost, steps_in_flight_max: int, num_tokens: int, repeat_max: int) -> None:
+    def __init__(
+        self, cost: StepCost, steps_in_flight_max: int, num_tokens: int, repeat_max: int, *, quiet: bool = False
+    ) -> None:
         self.cost = OneCost(cost)
         self.depth, self.repeat_max = steps_in_flight_max, repeat_max
+        self.quiet = quiet  # repetitions end quietly wherever another step follows
+        self.num_quiet_ends = 0
         self.calls = CallQueue()
         self.ends_ns: list[int] = []
         self.failed_ns: list[int] = []
@@ -99,19 +106,29 @@ class Bench:
         record[0] = max(record[0], committed)
         if isinstance(report, StepFinished):
             self.in_flight.pop(0)
+            self.num_quiet_ends += len(report.ends_ns) > 1
 
     def _plan(self) -> None:
         while self.num_left > 0 and len(self.in_flight) < self.depth and not any(r[2] for r in self.in_flight):
             repeat_max = min(self.repeat_max, self.num_left)
             self.next_id += 1
             self.in_flight.append([1, 0, repeat_max > 1])
-            self.device.launch(step(self.next_id, repeat_max), self.calls.now_ns)
+            ends_quietly = self.quiet and self.depth > 1 and 1 < repeat_max < self.num_left
+            self.device.launch(step(self.next_id, repeat_max, ends_quietly=ends_quietly), self.calls.now_ns)
             self.num_left -= 1
             self.cost.num_before += 1
 
-    def run(self, interrupts_ns: list[int]) -> list[int]:
-        for at_ns in interrupts_ns:
-            self.calls.call_at(at_ns, FunctionCall(self.device.interrupt))
+    def run(
+        self,
+        interrupts_ns: Sequence[int],
+        *,
+        slowdowns: Sequence[tuple[int, int]] = (),
+        fails_ns: Sequence[int] = (),
+    ) -> list[int]:
+        self.at(interrupts_ns, self.device.interrupt)
+        self.at(fails_ns, self.device.fail_next)
+        for at_ns, slowdown in slowdowns:
+            self.at([at_ns], partial(self.device.slow_down, slowdown))
         self._plan()
         while self.calls.run_instant():
             if self.must_plan:
@@ -119,6 +136,10 @@ class Bench:
                 self._plan()
         assert self.num_left == 0
         return self.ends_ns
+
+    def at(self, times_ns: Sequence[int], call: Callable[[int], None]) -> None:
+        for at_ns in times_ns:
+            self.calls.call_at(at_ns, FunctionCall(call))
 
 
 @settings(max_examples=150, deadline=None)
@@ -139,6 +160,35 @@ def test_repeated_steps_end_when_single_ones_do(
     assert Bench(cost, depth, num_tokens, repeat_max=1 << 30).run(interrupts_ns) == single
     # Interrupts at the very times at which repetitions end.
     assert Bench(cost, depth, num_tokens, repeat_max=1 << 30).run(single[::3]) == single
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    cost=COSTS,
+    num_tokens=st.integers(1, 40),
+    repeat_max=st.integers(2, 9),
+    at=st.lists(st.tuples(st.integers(0, 39), st.sampled_from([-1, 0, 0, 1, 700])), max_size=6),
+    faults=st.sampled_from(["none", "slow", "fail"]),
+)
+def test_repetitions_that_end_quietly_change_no_time(
+    cost: StepCost, num_tokens: int, repeat_max: int, at: list[tuple[int, int]], faults: str
+) -> None:
+    """Whatever comes near their ends, before the last repetition or in it."""
+    plain = Bench(cost, 2, num_tokens, 1).run([])
+    times_ns = sorted(max(0, plain[index % num_tokens] + offset_ns) for index, offset_ns in at)
+    slowdowns = [(at_ns, 1 + index % 3) for index, at_ns in enumerate(times_ns)] if faults == "slow" else []
+    fails_ns = times_ns[:1] if faults == "fail" else []
+    single, quiet = Bench(cost, 2, num_tokens, 1), Bench(cost, 2, num_tokens, repeat_max, quiet=True)
+    single.run([], slowdowns=slowdowns, fails_ns=fails_ns)
+    quiet.run(times_ns, slowdowns=slowdowns, fails_ns=fails_ns)
+    assert quiet.ends_ns == single.ends_ns
+    assert quiet.failed_ns == single.failed_ns
+
+
+def test_a_quiet_end_is_one_report() -> None:
+    bench = Bench(StepCost(5_000_000, 0, 2_000_000), 2, 20, 5, quiet=True)
+    assert bench.run([]) == Bench(StepCost(5_000_000, 0, 2_000_000), 2, 20, 1).run([])
+    assert bench.num_quiet_ends == 3
 
 
 def test_the_host_hides_behind_the_device_only_with_two_steps_in_flight() -> None:

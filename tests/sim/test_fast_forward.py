@@ -19,10 +19,12 @@ from random_runs import (
 )
 
 from sagellm.core.config import HandoverStart, Role
+from sagellm.core.identity import RequestId
+from sagellm.core.messages import StepFinished
 from sagellm.core.request import LatencySLO
 from sim.cluster import SimCluster
-from sim.faults import Fault
-from traces.request_trace import Trace
+from sim.faults import ClientCancels, Fault, InstanceDies, InstanceSlows, StepFails, TransfersFail
+from traces.request_trace import Trace, TraceRequest
 
 NUM_EXAMPLES = int(os.environ.get("SAGELLM_EXAMPLES", "20"))
 COVERAGE_SEEDS = range(36)
@@ -79,6 +81,7 @@ def test_the_random_runs_reach_what_they_should() -> None:
         "StepFinished of 1",
         "StepFinished of 2",
         "StepFinished of 3",
+        "ended quietly",
         "preempted",
         "StepFailed",
         "InstanceLost",
@@ -97,6 +100,60 @@ def test_the_random_runs_reach_what_they_should() -> None:
         "2 in flight",
     )
     assert not [what for what in expected if not counts[what]]
+
+
+def in_a_last_repetition(seed: int) -> tuple[SimCluster, Recording, Recording]:
+    """A random run, again with something that comes when a step that may end quietly is in its last repetition."""
+    rng = Random(seed)
+    cluster, trace = random_cluster(rng), random_trace(rng)
+    instances = tuple(
+        replace(each, config=replace(each.config, steps_in_flight_max=2, num_blocks=200)) for each in cluster.instances
+    )
+    cluster = replace(cluster, instances=instances)
+    faults: tuple[Fault, ...] = ()
+    windows = [
+        (event.instance_id, event.ends_ns[-2], event.ends_ns[-1])
+        for _, _, event in record(cluster, trace, seed=seed, check=False).events
+        if isinstance(event, StepFinished) and len(event.ends_ns) > 1
+    ]
+    for instance_id, from_ns, to_ns in rng.sample(windows, min(len(windows), rng.choice([1, 1, 3]))):
+        at_ns = rng.choice([from_ns, from_ns + 1, (from_ns + to_ns) // 2, to_ns - 1, to_ns])
+        match rng.choice(["arrives", "arrives", "cancel", "step", "slow", "die", "transfers"]):
+            case "arrives":
+                delays_ns = cluster.message_latency_ns + cluster.instances[0].cost_model.request_overhead_ns
+                request = TraceRequest(max(0, at_ns - delays_ns), rng.choice([1, 40, 100]), rng.choice([1, 20]))
+                trace = replace(trace, requests=(*trace.requests, request))
+            case "cancel":
+                request_id = RequestId(str(rng.randrange(len(trace.requests))))
+                faults += (ClientCancels(max(0, at_ns - cluster.message_latency_ns), request_id),)
+            case "step":
+                faults += (StepFails(at_ns, instance_id),)
+            case "slow":
+                faults += (InstanceSlows(at_ns, instance_id, 10),)
+            case "die":
+                faults += (InstanceDies(at_ns, instance_id, 0),)
+            case "transfers":
+                faults += (TransfersFail(at_ns, instance_id),)
+    fast = record(cluster, trace, seed=seed, faults=faults)
+    slow = record(without_fast_forward(cluster), trace, seed=seed, faults=faults, check=False)
+    return cluster, fast, slow
+
+
+@settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 1 << 40))
+def test_what_comes_in_a_last_repetition_waits_for_its_end(seed: int) -> None:
+    _, fast, slow = in_a_last_repetition(seed)
+    assert_equal(fast, slow)
+    assert_all_is_over(fast)
+
+
+def test_the_last_repetitions_are_struck() -> None:
+    counts: Counter[str] = Counter()
+    for seed in COVERAGE_SEEDS:
+        _, fast, slow = in_a_last_repetition(seed)
+        assert_equal(fast, slow)
+        counts.update(fast.counts)
+    assert counts["ended quietly, with news"]
 
 
 def _shape(cluster: SimCluster, run: Recording) -> list[str]:

@@ -223,29 +223,38 @@ class StepScheduler:
         self._restarted.clear()
         return StepPlan(decode_ids, num_context_tokens, chunks, new_block_ids, restarted_ids)
 
-    def repeat_max(self, chunks: tuple[TokenChunk, ...]) -> int:
-        """How often the plan just made can be repeated with the same requests."""
-        if chunks or self.prefilling or self.config.repeat_max == 1:
-            return 1
+    def repetition(self, chunks: tuple[TokenChunk, ...]) -> tuple[int, bool]:
+        """How often the plan just made can be repeated with the same requests, and whether it ends quietly then.
+
+        It ends quietly where the step that is due while its last execution runs decodes those that are left.
+        """
+        config, decodes = self.config, self.decodes
+        if chunks or self.prefilling or config.repeat_max == 1:
+            return 1, False
         if self.draining and self.draining[-1].finish_clock == self.planned_clock:
-            return 1
-        if (self.waiting or self.reservations or self.staying) and (self.num_unreturned or self._deferred):
+            return 1, False
+        somebody_waits = bool(self.waiting or self.reservations or self.staying)
+        if somebody_waits and (self.num_unreturned or self._deferred):
             # What is on its way back may make room for somebody.
-            return 1
-        next_finish_clock = self.decodes.next_finish_clock()
+            return 1, False
+        next_finish_clock = decodes.next_finish_clock()
         assert next_finish_clock is not None
-        repeats = min(next_finish_clock - self.planned_clock + 1, self.config.repeat_max)
+        num_to_finish = next_finish_clock - self.planned_clock + 1
+        repeats = min(num_to_finish, config.repeat_max)
         if repeats <= 1:
-            return 1
+            return 1, False
         # Blocks on their way back come free between repetitions: growing must not evict what they would save.
         num_blocks = self.kv.num_free if self._deferred else self.kv.num_available
-        return self.decodes.repeat_max(self.planned_clock, num_blocks, repeats)
+        num_with_room = decodes.repeat_max(self.planned_clock, num_blocks, repeats + 1)
+        if num_with_room <= repeats:
+            return num_with_room, False
+        # A prefilled request that comes back may stay here and want a place.
+        is_quiet = repeats == num_to_finish and not somebody_waits and self.num_unreturned == len(self.draining)
+        is_quiet = is_quiet and config.steps_in_flight_max > 1
+        return repeats, is_quiet and not decodes.num_stoppable and decodes.goes_on_after(next_finish_clock)
 
     def _drain_fully_planned(self) -> None:
-        finish_clock = self.decodes.next_finish_clock()
-        if finish_clock is None or finish_clock > self.planned_clock:
-            return
-        for request in self.decodes.pop_fully_planned(self.planned_clock):
+        while (request := self.decodes.pop_fully_planned(self.planned_clock)) is not None:
             request.move(RequestState.DRAINING)
             self.draining.append(request)
             self.num_unreturned += 1

@@ -30,7 +30,7 @@ class DecodeShares:
     """How the tiles of a step's sequences are shared out."""
 
     starts: torch.Tensor  # [num_seqs + 2] int32: each sequence's first tile, the number of tiles, tiles of a share
-    num_shares: int
+    num_shares: int  # at most
 
 
 @triton.jit
@@ -46,16 +46,18 @@ def _first_tile_key(context_len, KEYS: tl.constexpr, WINDOW: tl.constexpr):
 def _share_out(
     context_lens, starts, num_seqs, num_shares, KEYS: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr
 ):
-    """One program."""
+    """One program. Where there are about as many sequences as shares, each has shares of its own: most have one."""
     sequences = tl.arange(0, SEQUENCES)
     inside = sequences < num_seqs
     lens = tl.load(context_lens + sequences, mask=inside, other=0)
     counts = tl.cdiv(lens - _first_tile_key(lens, KEYS, WINDOW), KEYS)
-    ends = tl.cumsum(counts, axis=0)
-    total = tl.sum(counts, axis=0)
-    tl.store(starts + sequences, ends - counts, mask=inside)
-    tl.store(starts + num_seqs, total)
-    tl.store(starts + num_seqs + 1, tl.maximum(tl.cdiv(total, num_shares), 1))
+    share_len = tl.maximum(tl.cdiv(tl.sum(counts, axis=0), num_shares), 1)
+    if tl.sum((counts > 0).to(tl.int32), axis=0) * 10 >= num_shares * 9:
+        share_len = 2 * share_len
+        counts = tl.cdiv(counts, share_len) * share_len
+    tl.store(starts + sequences, tl.cumsum(counts, axis=0) - counts, mask=inside)
+    tl.store(starts + num_seqs, tl.sum(counts, axis=0))
+    tl.store(starts + num_seqs + 1, share_len)
 
 
 @triton.jit
@@ -185,7 +187,7 @@ def share_out(context_lens: torch.Tensor, num_kv_heads: int, num_programs: int, 
         (context_lens, starts, num_seqs, num_shares),
         (_TILE_KEYS, sliding_window, power_of_two_from(num_seqs)),
     )
-    return DecodeShares(starts, num_shares)
+    return DecodeShares(starts, max(num_shares, num_shares // 2 + num_seqs))
 
 
 def decode_attention(

@@ -13,7 +13,7 @@ from backends.streams import DeviceGraph
 
 _LOG = logging.getLogger(__name__)
 _GIB = 1 << 30
-_NUM_TIMED_REPLAYS = 4
+_NUM_TIMED_REPLAYS = 3
 
 
 class CapturedGraph(Protocol):

@@ -120,6 +120,7 @@ async def _serve(
     stop = _stop_signal()
     if not await _start(engine, served, stop):
         return
+    keep_for_good()
     await runner.setup()
     listening.listen(_BACKLOG)
     await web.SockSite(runner, listening, backlog=_BACKLOG).start()

@@ -31,6 +31,7 @@ class DecodeShares:
 
     starts: torch.Tensor  # [num_seqs + 2] int32: each sequence's first tile, the number of tiles, tiles of a share
     num_shares: int  # at most
+    has_many: bool  # so many sequences that few of them have parts to be joined
 
 
 @triton.jit
@@ -142,11 +143,10 @@ def _decode_attention(
 @triton.jit(do_not_specialize=["num_seqs"])
 def _join_parts(
     part_results, part_scores, out, starts, out_row_stride, num_heads, num_seqs,
-    PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program for each sequence and head: parts weighed by the sum of their exponentials, 2 ** score."""
+    """One program for HEADS heads of a sequence: parts weighed by the sum of their exponentials, 2 ** score."""
     sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
     share_len = tl.load(starts + num_seqs + 1)
     first_tile = tl.load(starts + sequence)
     end_tile = tl.load(starts + sequence + 1)
@@ -155,30 +155,36 @@ def _join_parts(
     if (end_tile == first_tile) | (end_share - first_share < 2):
         return
     columns = tl.arange(0, COLUMNS)
-    score_max = tl.full((1,), float("-inf"), dtype=tl.float32)
-    weight_sum = tl.zeros((1,), dtype=tl.float32)
-    joined = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for first in range(first_share, end_share, PARTS):
-        shares = first + tl.arange(0, PARTS)
-        is_part = shares < end_share
-        places = (shares + sequence) * num_heads + head
-        scores = tl.load(part_scores + places, mask=is_part, other=float("-inf"))
-        inside = is_part[:, None] & (columns < HEAD_DIM)[None, :]
-        results = tl.load(part_results + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
-        new_max = tl.maximum(score_max, tl.max(scores, axis=0))
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        shrink = tl.exp2(score_max - finite_max)
-        weights = tl.exp2(scores - finite_max)
-        weight_sum = weight_sum * shrink + tl.sum(weights, axis=0)
-        joined = joined * shrink + tl.sum(results * weights[:, None], axis=0)
-        score_max = new_max
-    joined = joined / tl.where(weight_sum == 0.0, 1.0, weight_sum)
-    place = sequence * out_row_stride + head * HEAD_DIM + columns
-    tl.store(out + place, joined.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
+    for head in range(tl.program_id(1) * HEADS, tl.program_id(1) * HEADS + HEADS):
+        score_max = tl.full((1,), float("-inf"), dtype=tl.float32)
+        weight_sum = tl.zeros((1,), dtype=tl.float32)
+        joined = tl.zeros((COLUMNS,), dtype=tl.float32)
+        for first in range(first_share, end_share, PARTS):
+            shares = first + tl.arange(0, PARTS)
+            is_part = shares < end_share
+            places = (shares + sequence) * num_heads + head
+            scores = tl.load(part_scores + places, mask=is_part, other=float("-inf"))
+            inside = is_part[:, None] & (columns < HEAD_DIM)[None, :]
+            results = tl.load(part_results + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
+            new_max = tl.maximum(score_max, tl.max(scores, axis=0))
+            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            shrink = tl.exp2(score_max - finite_max)
+            weights = tl.exp2(scores - finite_max)
+            weight_sum = weight_sum * shrink + tl.sum(weights, axis=0)
+            joined = joined * shrink + tl.sum(results * weights[:, None], axis=0)
+            score_max = new_max
+        joined = joined / tl.where(weight_sum == 0.0, 1.0, weight_sum)
+        place = sequence * out_row_stride + head * HEAD_DIM + columns
+        tl.store(out + place, joined.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
 
 
-def share_out(context_lens: torch.Tensor, num_kv_heads: int, num_programs: int, *, sliding_window: int) -> DecodeShares:
-    """For sequences of ``context_lens`` [num_seqs] int32: so many programs, but none without a tile of 64 keys."""
+def share_out(
+    context_lens: torch.Tensor, num_kv_heads: int, num_programs: int, *, sliding_window: int, are_all_there: bool = True
+) -> DecodeShares:
+    """For sequences of ``context_lens`` [num_seqs] int32: so many programs, but none without a tile of 64 keys.
+
+    ``are_all_there``: none of the contexts is of no tokens, or few are.
+    """
     num_seqs = context_lens.shape[0]
     num_shares = max(1, num_programs // num_kv_heads)
     starts = torch.empty(num_seqs + 2, dtype=torch.int32, device=context_lens.device)
@@ -187,7 +193,8 @@ def share_out(context_lens: torch.Tensor, num_kv_heads: int, num_programs: int, 
         (context_lens, starts, num_seqs, num_shares),
         (_TILE_KEYS, sliding_window, power_of_two_from(num_seqs)),
     )
-    return DecodeShares(starts, max(num_shares, num_shares // 2 + num_seqs))
+    has_many = are_all_there and 10 * num_seqs >= 9 * num_shares
+    return DecodeShares(starts, max(num_shares, num_shares // 2 + num_seqs), has_many)
 
 
 def decode_attention(
@@ -225,9 +232,10 @@ def decode_attention(
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )  # fmt: skip
+    heads_each = num_heads // num_kv_heads if shares.has_many else 1
     _join_parts(
-        (num_seqs, num_heads, 1),
+        (num_seqs, num_heads // heads_each, 1),
         (part_results, part_scores, out, shares.starts, out.stride(0), num_heads, num_seqs),
-        (_PARTS_AT_ONCE, head_dim, columns),
+        (heads_each, _PARTS_AT_ONCE, head_dim, columns),
         num_warps=1,
     )

@@ -72,7 +72,13 @@ def attention(
         if inputs.decode_shares is None:
             num_programs = num_programs_wanted(num_compute_units)
             lens = inputs.decode_context_lens
-            inputs.decode_shares = share_out(lens, num_kv_heads, num_programs, sliding_window=sliding_window)
+            inputs.decode_shares = share_out(
+                lens,
+                num_kv_heads,
+                num_programs,
+                sliding_window=sliding_window,
+                are_all_there=inputs.inputs.decode_count is None,
+            )
         decode_attention(
             query,
             key_cache,

@@ -21,6 +21,7 @@ from backends.executor_settings import ExecutorSettings
 from backends.model_runner.factory import make_executor
 from sagellm.core.identity import InstanceId
 from sagellm.server.live.instance_driver import DriverOptions, InstanceDriver
+from sagellm.server.live.long_lived_objects import keep_for_good
 from sagellm.server.live.wire import FromInstance, InstanceDied, PeerMessage, Started, StartFailed, ToInstance
 
 _LENGTH = struct.Struct("<I")
@@ -149,6 +150,7 @@ def run(settings: ProcessSettings) -> int:
         sockets.to_front(StartFailed(instance_id, str(error)))
         sockets.close()
         return 1
+    keep_for_good()
     sockets.to_front(Started(instance_id))
     try:
         while not driver.is_over:

@@ -24,6 +24,7 @@ from sagellm.server.live.front_driver import LiveEngine
 from sagellm.server.live.instance_driver import DriverOptions
 from sagellm.server.live.instance_host import InstanceHost, StartError
 from sagellm.server.live.live_log import LiveLog
+from sagellm.server.live.long_lived_objects import keep_for_good
 from sagellm.server.prometheus.serving_metrics import ServingMetrics
 
 _BACKLOG = 2048

@@ -14,9 +14,10 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-
 
 from backends.executor_settings import ExecutorSettings
 from backends.model_runner.torch_executor import TorchStepExecutor
@@ -220,30 +221,30 @@ class KindRow:
 
 
 def table(steps: list[StepTimes]) -> list[KindRow]:
-    idle_ns = [
-        max(0, after.device_begin_ns - before.device_end_ns) for before, after in zip(steps, steps[1:], strict=False)
-    ]
     # Between a step's end and the next one there was work only where that one was asked for before the end's report.
     by_kind: dict[str, list[tuple[StepTimes, int]]] = {}
-    for before, step, gap_ns in zip(steps, steps[1:], idle_ns, strict=False):
-        busy = step.asked_ns < before.reported_ns + 2_000_000
-        by_kind.setdefault(step.kind, []).append((step, gap_ns if busy else 0))
-    rows = []
-    for kind, found in sorted(by_kind.items()):
-        rows.append(
-            KindRow(
-                kind,
-                len(found),
-                statistics.median(step.num_decodes + step.num_prompt_tokens for step, _ in found),
-                statistics.median(step.device_end_ns - step.device_begin_ns for step, _ in found) / 1e6,
-                statistics.median(step.launch_end_ns - step.launch_begin_ns for step, _ in found) / 1e6,
-                statistics.median(step.launch_begin_ns - step.asked_ns for step, _ in found) / 1e6,
-                statistics.median(step.reported_ns - step.device_end_ns for step, _ in found) / 1e6,
-                statistics.median(gap_ns for _, gap_ns in found) / 1e6,
-                sum(gap_ns for _, gap_ns in found) / 1e6,
-            )
-        )
-    return rows
+    for before, step in pairwise(steps):
+        has_work = step.asked_ns < before.reported_ns + 2_000_000
+        idle_ns = max(0, step.device_begin_ns - before.device_end_ns) if has_work else 0
+        by_kind.setdefault(step.kind, []).append((step, idle_ns))
+    return [row_of(kind, found) for kind, found in sorted(by_kind.items())]
+
+
+def row_of(kind: str, found: list[tuple[StepTimes, int]]) -> KindRow:
+    def median_ms(durations_ns: Iterable[int]) -> float:
+        return statistics.median(durations_ns) / 1e6
+
+    return KindRow(
+        kind=kind,
+        num_steps=len(found),
+        tokens=statistics.median(step.num_decodes + step.num_prompt_tokens for step, _ in found),
+        device_ms=median_ms(step.device_end_ns - step.device_begin_ns for step, _ in found),
+        launch_ms=median_ms(step.launch_end_ns - step.launch_begin_ns for step, _ in found),
+        asked_to_launch_ms=median_ms(step.launch_begin_ns - step.asked_ns for step, _ in found),
+        report_ms=median_ms(step.reported_ns - step.device_end_ns for step, _ in found),
+        idle_ms=median_ms(idle_ns for _, idle_ns in found),
+        idle_total_ms=sum(idle_ns for _, idle_ns in found) / 1e6,
+    )
 
 
 def latencies(client: Client) -> str:
@@ -303,13 +304,12 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     (arguments.folder / "timeline.json").write_text(json.dumps({"traceEvents": trace_events(steps)}), encoding="utf-8")
     print(latencies(client))
-    print(
-        f"{'kind':20}{'steps':>7}{'tokens':>8}{'device':>9}{'launch':>9}{'waits':>8}{'report':>8}{'idle':>8}{'idle, all':>11}"
-    )
+    titles = ("steps", "tokens", "device", "launch", "waits", "report", "idle", "idle, all")
+    print(f"{'kind':20}" + "".join(f"{title:>10}" for title in titles))
     for row in table(steps):
         print(
-            f"{row.kind:20}{row.num_steps:7}{row.tokens:8.0f}{row.device_ms:9.2f}{row.launch_ms:9.2f}"
-            f"{row.asked_to_launch_ms:8.2f}{row.report_ms:8.2f}{row.idle_ms:8.2f}{row.idle_total_ms:11.1f}"
+            f"{row.kind:20}{row.num_steps:10}{row.tokens:10.0f}{row.device_ms:10.2f}{row.launch_ms:10.2f}"
+            f"{row.asked_to_launch_ms:10.2f}{row.report_ms:10.2f}{row.idle_ms:10.2f}{row.idle_total_ms:10.1f}"
         )
     busy_ms = sum(step.device_end_ns - step.device_begin_ns for step in steps) / 1e6
     span_ms = (steps[-1].device_end_ns - steps[0].device_begin_ns) / 1e6

@@ -37,6 +37,18 @@ def make_request(tokens: list[int], salt: str = "", content_block_size: int = 0)
     )
 
 
+Identity = tuple[int, int, Content]  # tokens of a content id (0: none), where the block ends, and what identifies it
+
+
+def identity(request: RequestSpec, tokens: Sequence[int], end: int) -> Identity:
+    """Of the block that ends there. With content ids it is that of the whole id: one for fewer tokens is another."""
+    known_end = end
+    if request.content_block_size:
+        known_end = -(-end // request.content_block_size) * request.content_block_size
+        tokens = tokens[: request.num_prompt_tokens]
+    return request.content_block_size, end, (request.cache_salt, tuple(tokens[:known_end]))
+
+
 class Running:
     """What the model knows of a request that holds blocks."""
 
@@ -66,7 +78,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         self.block_size = block_size
         self.held: list[Running] = []
         self.written: dict[BlockId, Content | None] = {}
-        self.published: dict[tuple[int, Content], BlockId] = {}
+        self.published: dict[Identity, BlockId] = {}
 
     def hand_out(self, block_ids: Sequence[BlockId]) -> None:
         """The cache gave these blocks to somebody: nobody may have them, and what they held is gone."""
@@ -80,7 +92,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         """The blocks that a match must find."""
         found = []
         for end in range(self.block_size, len(tokens), self.block_size):
-            block_id = self.published.get((request.content_block_size, (request.cache_salt, tuple(tokens[:end]))))
+            block_id = self.published.get(identity(request, tokens, end))
             if block_id is None:
                 break
             found.append(block_id)
@@ -146,7 +158,7 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     def note_published(self, entry: Running, num_tokens: int) -> None:
         for index in range(num_tokens // self.block_size):
-            key = (entry.request.content_block_size, entry.content((index + 1) * self.block_size))
+            key = identity(entry.request, entry.tokens, (index + 1) * self.block_size)
             self.published.setdefault(key, entry.blocks.block_ids[index])
 
     @rule(entry=running)

@@ -55,7 +55,9 @@ PREFILL_SHAPES = tuple(
     TileShape(*shape)
     for shape in (
         (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3),
-        (128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (128, 32, 8, 4),
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (128, 32, 8, 4),
+        # With fewer registers two programs, or three, run on a multiprocessor at a time.
+        (128, 64, 8, 2, 128), (128, 64, 8, 1, 128), (128, 32, 8, 3, 128), (64, 64, 4, 2, 168), (64, 32, 4, 2, 128),
     )
 )  # fmt: skip
 
@@ -192,7 +194,8 @@ def prefill_variants() -> Iterator[Variant]:
 
 def named(shape: TileShape, num_parts: int = 0) -> str:
     parts = f"{num_parts:3} parts, " if num_parts else ""
-    return f"{parts}{shape.num_rows}x{shape.num_keys}, {shape.num_warps} warps, {shape.num_stages} stages"
+    registers = f", {shape.registers_max} registers" if shape.registers_max else ""
+    return f"{parts}{shape.num_rows}x{shape.num_keys}, {shape.num_warps} warps, {shape.num_stages} stages{registers}"
 
 
 # Products

@@ -18,13 +18,9 @@ Argument = torch.Tensor | int | float
 
 
 class KernelLauncher:
-    """One kernel. Its parameters are tensors and numbers first, then the constants that it is compiled for.
+    """One kernel. Its parameters are tensors and numbers first, then the constants that it is compiled for."""
 
-    ``registers_max`` of a thread: with fewer, more programs run on a multiprocessor at a time.
-    """
-
-    def __init__(self, kernel: Any, registers_max: int | None = None) -> None:
-        self._registers_max = registers_max
+    def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: dict[tuple[Any, ...], Any] = {}
         # In Triton's interpreter kernels are functions of Python.
@@ -37,20 +33,24 @@ class KernelLauncher:
         constants: tuple[Any, ...],
         num_warps: int = 4,
         num_stages: int = 3,
+        registers_max: int | None = None,
     ) -> None:
-        """Launch on the current stream of the first argument's device; that argument is a tensor."""
+        """Launch on the current stream of the first argument's device; that argument is a tensor.
+
+        ``registers_max`` of a thread: with fewer, more programs run on a multiprocessor at a time.
+        """
         if not self._remembers:
             self._kernel[grid](*arguments, *constants)
             return
         device_index = arguments[0].get_device()  # type: ignore[union-attr]
         values: list[int | float] = []
-        key: list[Any] = [device_index, constants, num_warps, num_stages]
+        key: list[Any] = [device_index, constants, num_warps, num_stages, registers_max]
         for argument in arguments:
             _add(argument, values, key)
         compiled = self._compiled.get(tuple(key))
         if compiled is None:
             launch = self._kernel[grid]
-            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": self._registers_max}
+            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": registers_max}
             self._compiled[tuple(key)] = launch(*arguments, *constants, **options)
             return
         compiled[grid](*values, *constants, stream=driver.active.get_current_stream(device_index))

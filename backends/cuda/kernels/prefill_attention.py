@@ -130,4 +130,5 @@ def prefill_attention(
         ),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
+        registers_max=shape.registers_max,
     )

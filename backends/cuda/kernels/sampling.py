@@ -11,8 +11,6 @@ tail is cut off runs its race among the tokens that are left, once a first pass 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # Capitals name what is fixed when a kernel is compiled; triton gives types to the rest.
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -201,7 +199,7 @@ def _draw_cut_row(
     return token_id, floor
 
 
-@partial(KernelLauncher, registers_max=_REGISTERS_MAX)
+@KernelLauncher
 @triton.jit(
     do_not_specialize=["num_parts"],
     do_not_specialize_on_alignment=["temperatures", "seeds", "positions", "top_ks", "top_ps", "min_ps"],
@@ -314,5 +312,6 @@ def draw_with_floors(
         (*rows, token_ids, is_invalid, logits.stride(0), vocab_size, num_parts),
         (all_parts, all_groups, row_words, _COLUMNS, _PASS_COLUMNS),
         num_warps=8,
+        registers_max=_REGISTERS_MAX,
     )
     return token_ids, is_invalid, scratch[:, -1]

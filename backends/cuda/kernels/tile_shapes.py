@@ -1,6 +1,6 @@
 """How large the tiles of attention are, and into how many parts the keys of a decode are split."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _DOT_ROWS_MIN = 16  # of an operand of tl.dot, and the least of the dimension that it sums over
 LOG2_E = 1.4426950408889634
@@ -20,6 +20,7 @@ class TileShape:
     num_keys: int
     num_warps: int
     num_stages: int
+    registers_max: int | None = None  # of a thread
 
 
 def fit_tiles(head_dim: int, group: int) -> bool:
@@ -45,7 +46,7 @@ def prefill_tile(
         shape = TileShape(num_rows=128, num_keys=64, num_warps=8, num_stages=2)
     else:
         shape = TileShape(num_rows=128, num_keys=128, num_warps=8, num_stages=2)
-    return TileShape(max(shape.num_rows, power_of_two_from(group)), shape.num_keys, shape.num_warps, shape.num_stages)
+    return replace(shape, num_rows=max(shape.num_rows, power_of_two_from(group)))
 
 
 def decode_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:

@@ -1,4 +1,4 @@
-"""Steps that are planned late, in random clusters with faults: everything ends once, invariants hold after each poll."""
+"""Steps that are planned late, in random clusters with faults: all ends once, and invariants hold after each poll."""
 
 import os
 from dataclasses import replace

@@ -179,8 +179,8 @@ class ControlPlane:
         if request is None:
             return
         self._leave_view(request)
-        if request.target is None or request.target.instance_id != event.target_instance_id:
-            # It moved to an instance that was lost meanwhile.
+        if request.target is None or event.attempt != request.attempt:
+            # It moved to an instance that was lost meanwhile, even if that is back and reserved again.
             request.sent(event.num_output_tokens, event.output_token_ids)
             self._run_again(request, effects)
             return

@@ -181,11 +181,15 @@ class RequestFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True)
 
 
 class RequestMoved(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """The request's KV has left ``instance_id``; it decodes on ``target_instance_id`` from now on."""
+    """The request's KV has left ``instance_id``; it decodes on ``target_instance_id`` from now on.
+
+    ``attempt`` is that of the reservation: the target may have been lost, and be back and reserved once more.
+    """
 
     request_id: RequestId
     instance_id: InstanceId
     target_instance_id: InstanceId
+    attempt: int
     num_output_tokens: int  # sent to the client before it moved
     output_token_ids: tuple[int, ...] | None = None
 

@@ -210,6 +210,7 @@ class KVSender:
                 request_id=request.request_id,
                 instance_id=self._config.instance_id,
                 target_instance_id=reservation.target_instance_id,
+                attempt=reservation.attempt,
                 num_output_tokens=request.num_output_tokens,
                 output_token_ids=token_ids,
             ),

@@ -144,7 +144,7 @@ class FakeCluster:
         num_computed = served.spec.num_prompt_tokens + num_output - 1
         message = HandoverFinished(target_id, request_id, attempt, num_computed, num_output, ids)
         self.network.append((target_id, message))
-        moved = RequestMoved(request_id, instance.instance_id, target_id, num_output, ids)
+        moved = RequestMoved(request_id, instance.instance_id, target_id, attempt, num_output, ids)
         self.network.append((CONTROL_PLANE, moved))
 
     def fail_handover(self, instance: FakeInstance, request_id: RequestId) -> None:

@@ -73,7 +73,7 @@ def test_output_is_not_sent_again_where_a_request_moved_to_a_lost_instance() -> 
     assert isinstance(reserved, ReserveKV)
     source, target = assigned.instance_id, reserved.instance_id
     give(plane, InstanceLost(target))
-    effects = give(plane, PrefillFinished(A, source), RequestMoved(A, source, target, 1))
+    effects = give(plane, PrefillFinished(A, source), RequestMoved(A, source, target, reserved.attempt, 1))
     again = [effect for effect in effects if isinstance(effect, AssignRequest)]
     assert [effect.num_output_tokens for effect in again] == [1]
     assert [type(effect) for effect in effects if isinstance(effect, ReleaseKV)] == [ReleaseKV]
@@ -113,7 +113,8 @@ def test_a_cancelled_request_is_stopped_where_it_moved_to(reason: FinishReason) 
     [reserve] = give(plane, PrefillFinished(A, P1))
     assert isinstance(reserve, ReserveKV)
     assert give(plane, RequestCancelled(A, reason)) == (AbortRequest(P1, A, reason),)
-    assert give(plane, RequestMoved(A, P1, reserve.instance_id, 1)) == (AbortRequest(reserve.instance_id, A, reason),)
+    moved = RequestMoved(A, P1, reserve.instance_id, reserve.attempt, 1)
+    assert give(plane, moved) == (AbortRequest(reserve.instance_id, A, reason),)
     give(plane, RequestFinished(A, reserve.instance_id, reason, 1))
     assert plane.num_unfinished == 0
 
@@ -126,7 +127,24 @@ def test_news_of_an_older_hand_over_changes_nothing() -> None:
     [second] = give(plane, InstanceLost(first.instance_id))
     assert isinstance(second, ReserveKV)
     assert give(plane, HandoverFailed(A, P1, first.instance_id, first.attempt, "late")) == ()
-    assert give(plane, RequestMoved(A, P1, second.instance_id, 1)) == ()
+    assert give(plane, RequestMoved(A, P1, second.instance_id, second.attempt, 1)) == ()
+
+
+def test_a_move_to_an_instance_that_was_lost_and_is_back_runs_the_request_again() -> None:
+    """F4: both targets in a row died, and the first is reserved once more when the news of its move comes."""
+    plane = disaggregated()
+    give(plane, RequestArrived(spec("a")))
+    [first] = give(plane, PrefillFinished(A, P1))
+    assert isinstance(first, ReserveKV)
+    [second] = give(plane, InstanceLost(first.instance_id))
+    assert isinstance(second, ReserveKV)
+    give(plane, joined(first.instance_id, Role.DECODE))
+    [third] = give(plane, InstanceLost(second.instance_id))
+    assert isinstance(third, ReserveKV)
+    assert third.instance_id == first.instance_id
+    effects = give(plane, RequestMoved(A, P1, first.instance_id, first.attempt, 1))
+    assert [type(effect) for effect in effects] == [ReleaseKV, AssignRequest]
+    assert effects[0] == ReleaseKV(third.instance_id, A, third.attempt)
 
 
 def test_everybody_hears_of_a_lost_source() -> None:

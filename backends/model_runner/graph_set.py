@@ -80,11 +80,13 @@ class GraphSet(Generic[_Step]):
                 for size, step in self._steps.items():
                     maker.fill_up(size)  # all sizes share the memory, and each lays it out its own way
                     durations_s[size] = self._replayed_s(step)
-                self._sizes = sizes_worth_keeping(durations_s)
+                self._steps = {size: self._steps[size] for size in reversed(sizes_worth_keeping(durations_s))}
         except (RuntimeError, MemoryError) as error:
             self._failure = _first_line(error)
-            self._size_failed = next((size for size in reversed(sizes) if size not in self._steps), 0)
-            self._sizes = tuple(sorted(self._steps))
+            if len(self._steps) == len(sizes):  # all are captured, and one cannot be replayed
+                self._steps.clear()
+            self._size_failed = next(size for size in reversed(sizes) if size not in self._steps)
+        self._sizes = tuple(sorted(self._steps))
         self.memory_bytes = max(0, self._reserved_bytes() - begin_bytes)
         self.capture_s = progress.end(f", {self.memory_bytes / _GIB:.2f} GiB")
 

@@ -14,7 +14,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +70,13 @@ class TimedExecutor(TorchStepExecutor):
         self._base: DeviceEvent | None = None
         self._base_ns = 0
 
+    def start(self, on_outcome: Callable[[StepOutcome], None], on_dead: Callable[[str], None]) -> None:
+        def reported(outcome: StepOutcome) -> None:
+            self.steps[outcome.event.step_id].reported_ns = time.monotonic_ns()
+            on_outcome(outcome)
+
+        super().start(reported, on_dead)
+
     def launch(self, step: RunStep) -> None:
         plan = step.plan
         num_prompt_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
@@ -92,9 +99,6 @@ class TimedExecutor(TorchStepExecutor):
         event = self._backend.create_event(enable_timing=True, device_index=self._device_index)
         event.record()
         return event
-
-    def reported(self, outcome: StepOutcome) -> None:
-        self.steps[outcome.event.step_id].reported_ns = time.monotonic_ns()
 
     def finished_steps(self) -> list[StepTimes]:
         """All steps in order, with the device's times."""
@@ -123,9 +127,13 @@ class Client:
         self._instance_id = instance_id
         self._waiting = list(reversed(requests))
         self._one_by_one = one_by_one
-        self._begin_ns = time.monotonic_ns()
+        self._begin_ns = 0
         self.requests: dict[RequestId, RequestTimes] = {}
         self.num_unfinished = len(requests)
+
+    def begin(self) -> None:
+        """Arrivals count from now on."""
+        self._begin_ns = time.monotonic_ns()
 
     def due(self) -> Deliver | None:
         """What is to be sent by now."""
@@ -180,15 +188,8 @@ def run(settings: ExecutorSettings, requests: list[TraceRequest], one_by_one: bo
     woken = threading.Event()
     client = Client(settings.instance.instance_id, requests, one_by_one)
     driver = InstanceDriver(settings.instance, executor, client, DriverOptions())
-    inner = driver._on_outcome  # what the executor reports to
-
-    def on_outcome(outcome: StepOutcome) -> None:
-        executor.reported(outcome)
-        inner(outcome)
-
-    driver._on_outcome = on_outcome  # type: ignore[method-assign]
     driver.start(woken.set)
-    client._begin_ns = time.monotonic_ns()
+    client.begin()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with_progress = sys.stderr.isatty()
     while client.num_unfinished:

@@ -71,9 +71,8 @@ class StepsInFlight:
         self.done_clock = 0
         self.returned: list[Return] = []
         self.failed: list[tuple[StepInFlight, int]] = []
-        self.ended_quietly: StepFinished | None = (
-            None  # of the first step, less its last execution, until `end_quietly`
-        )
+        # Of the first step, less its last execution, until `end_quietly`.
+        self.ended_quietly: StepFinished | None = None
 
     def __bool__(self) -> bool:
         return bool(self._steps)

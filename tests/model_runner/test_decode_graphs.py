@@ -12,10 +12,11 @@ from context_program import loading
 from hypothesis import given
 from hypothesis import strategies as st
 from instance_loop import InstanceLoop
-from recording_backend import RecordingBackend, install, sequences_of_rows
+from recording_backend import RecordedGraph, RecordingBackend, install, sequences_of_rows
 
 from backends.model_runner.batch_sizes import NUM_SEQS_CAPTURED_MAX, captured_sizes, sizes_worth_keeping, smallest_size
 from backends.model_runner.decode_graphs import DecodeGraphs
+from backends.model_runner.graph_set import GraphSet
 from backends.model_runner.kv_blocks import KVBlocks
 from backends.model_runner.mixed_graphs import NUM_PROMPTS_MAX
 from backends.step_inputs import KVTensors, StepInputs
@@ -221,6 +222,34 @@ def test_a_capture_that_runs_out_of_memory_is_told_once(
     (record,) = caplog.records
     assert "no room for a graph" in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+def test_a_step_is_filled_up_to_the_size_that_is_replayed_fastest(
+    backend: RecordingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GraphSet, "_replayed_s", lambda _, step: 2.0 if step.num_seqs == 8 else 1.0)
+    kv = KVBlocks(backend, 0, (1, 2, 40, BLOCK_SIZE, 1, 1), torch.float32)
+    graphs = DecodeGraphs(HashProgram(), kv, 20, backend, 0)
+    graphs.capture(16, io.StringIO())
+    assert len(graphs) == len(captured_sizes(16)) - 1, "a graph is kept that nobody replays"
+    sizes = [step.num_seqs for number in (4, 5, 8, 9) if (step := graphs.step_for(number, 20)) is not None]
+    assert sizes == [4, 16, 16, 16]
+
+
+def test_graphs_that_cannot_be_replayed_are_given_up(
+    backend: RecordingBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(graph: RecordedGraph) -> None:
+        raise RuntimeError("the device refuses the graph")
+
+    monkeypatch.setattr(RecordedGraph, "replay", fail)
+    with (
+        caplog.at_level(logging.WARNING),
+        InstanceLoop(config(), loads=(loading(SplitHashProgram()),), backend=backend.name) as loop,
+    ):
+        check_greedy(loop, 9)
+    (record,) = caplog.records
+    assert "up to 19 sequences are launched operator by operator" in record.getMessage()
 
 
 @given(st.dictionaries(st.integers(1, 40), st.integers(1, 10).map(float), min_size=1))

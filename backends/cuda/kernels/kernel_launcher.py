@@ -1,8 +1,7 @@
 """Launches Triton kernels for a fraction of the host's time.
 
-``kernel[grid](...)`` binds its arguments by name and works out what to compile for at every launch, which takes
-the host 30 to 50 us; a step of a 7B model has 170 such launches. A `KernelLauncher` remembers what was compiled,
-under a key of its own.
+``kernel[grid](...)`` binds its arguments by name and works out what to compile for at every launch, and a step of a 7B
+model has 170 launches. A `KernelLauncher` remembers what was compiled, under a key of its own.
 """
 
 from typing import Any

@@ -10,8 +10,6 @@ from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.tile_shapes import decode_tile, num_programs_wanted, prefill_tile
 from backends.step_inputs import StepInputs
 
-HEAD_DIM_MAX = 256
-
 
 @dataclass(slots=True)
 class StepAttention:
@@ -31,7 +29,7 @@ class StepAttention:
 
 
 def prepare_attention(inputs: StepInputs, *, block_size: int, sliding_window: int = 0) -> StepAttention:
-    """Once for each step. The rest is not needed: the caches and the layers tell."""
+    """Once for each step. Block size and window are not needed: ``attention`` has them from the cache and the layer."""
     num_decodes, num_tokens = inputs.num_decodes, inputs.positions.shape[0]
     return StepAttention(
         inputs=inputs,

@@ -1,4 +1,4 @@
-"""How large the tiles of attention are, and into how many parts the keys of a decode are split."""
+"""How large the tiles of attention are, and how many programs share out the keys of decodes."""
 
 from dataclasses import dataclass, replace
 

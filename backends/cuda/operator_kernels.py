@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from backends.cuda.kernel_trial import why_it_fails
 from backends.cuda.kernels.tile_shapes import fit_tiles
 from backends.operators import reference
 from backends.operators.registry import KernelRegistry
@@ -34,14 +35,8 @@ def why_no_kernels(device_index: int) -> str:
         return "triton is not installed"
     with torch.cuda.device(device_index):
         x = torch.zeros(1, 2, device="cuda")
-        try:
-            silu_multiply(x)
-        except Exception as error:
-            # Triton wants a C compiler, Python's headers and an assembler, and misses each in a way of its own.
-            if "out of memory" not in str(error):
-                return f"triton cannot compile kernels ({(str(error).strip().splitlines() or [repr(error)])[0]})"
-            raise
-    return ""
+        reason = why_it_fails(lambda: silu_multiply(x))
+    return f"triton cannot compile kernels ({reason})" if reason else ""
 
 
 def unknown_to_kernels(head_dim: int, num_heads_each: int) -> tuple[str, ...]:

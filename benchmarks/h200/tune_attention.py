@@ -23,9 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backends.cuda import operator_kernels
 from backends.cuda.kernels.decode_attention import decode_attention, share_out
+from backends.cuda.kernels.hopper_attention import hopper_attention
 from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.sampling import draw_tokens
-from backends.cuda.kernels.tile_shapes import TileShape
+from backends.cuda.kernels.tile_shapes import HopperTiles, TileShape
 from backends.model_runner.sampler.gumbel_noise import exponential_noise, token_hashes
 from benchmarks.h200.measure_kernels import (
     BLOCK_SIZE,
@@ -56,10 +57,9 @@ PREFILL_SHAPES = tuple(
     for shape in (
         (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3),
         (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3), (128, 32, 8, 4),
-        # With fewer registers two programs, or three, run on a multiprocessor at a time.
-        (128, 64, 8, 2, 128), (128, 64, 8, 1, 128), (128, 32, 8, 3, 128), (64, 64, 4, 2, 168), (64, 32, 4, 2, 128),
     )
 )  # fmt: skip
+HOPPER_TILES = tuple(HopperTiles(*tiles) for tiles in ((128, 3), (128, 2), (64, 4), (64, 3), (64, 6)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +143,15 @@ def prefill_call(shape: TileShape) -> Callable[..., object]:
     return call
 
 
+def hopper_call(tiles: HopperTiles) -> Callable[..., object]:
+    def call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        where = (inputs.query_starts, inputs.context_lens, inputs.block_tables, query.shape[0], tiles)
+        hopper_attention(query, keys, values, out, *where, scale=SCALE)
+
+    return call
+
+
 def torch_call(backend: SDPBackend) -> Callable[..., object]:
     """Torch's attention of one prompt, on keys and values that lie one after the other."""
 
@@ -188,14 +197,16 @@ def prefill_variants() -> Iterator[Variant]:
         if len(sequences) == 1 and sequences[0][0] == sequences[0][1]:
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 yield what.variant("prefill", case, f"torch {backend.name.lower()}", torch_call(backend), False)
+        for tiles in HOPPER_TILES:
+            name = f"Hopper, {tiles.num_keys} keys, {tiles.num_stages} stages"
+            yield what.variant("prefill", case, name, hopper_call(tiles), False)
         for shape in PREFILL_SHAPES:
             yield what.variant("prefill", case, named(shape), prefill_call(shape), False)
 
 
 def named(shape: TileShape, num_parts: int = 0) -> str:
     parts = f"{num_parts:3} parts, " if num_parts else ""
-    registers = f", {shape.registers_max} registers" if shape.registers_max else ""
-    return f"{parts}{shape.num_rows}x{shape.num_keys}, {shape.num_warps} warps, {shape.num_stages} stages{registers}"
+    return f"{parts}{shape.num_rows}x{shape.num_keys}, {shape.num_warps} warps, {shape.num_stages} stages"
 
 
 # Products

@@ -231,7 +231,6 @@ def decode_attention(
          sliding_window, num_kv_heads),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
-        registers_max=shape.registers_max,
     )  # fmt: skip
     heads_each = num_heads // num_kv_heads if shares.has_many else 1
     _join_parts(

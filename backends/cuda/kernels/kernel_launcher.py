@@ -4,7 +4,8 @@
 model has 170 launches. A `KernelLauncher` remembers what was compiled, under a key of its own.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from triton.runtime import driver
@@ -13,7 +14,18 @@ from triton.runtime.jit import JITFunction
 _INT32_MAX = 2**31 - 1
 _ALIGNMENT_BYTES = 16
 
-Argument = torch.Tensor | int | float
+
+class BlockDescriptor(Protocol):
+    """How blocks of a tensor are copied; Triton has several classes of them."""
+
+    @property
+    def base(self) -> torch.Tensor: ...
+
+    @property
+    def block_shape(self) -> Sequence[int]: ...
+
+
+Argument = torch.Tensor | BlockDescriptor | int | float
 
 
 class KernelLauncher:
@@ -42,7 +54,7 @@ class KernelLauncher:
             self._kernel[grid](*arguments, *constants)
             return
         device_index = arguments[0].get_device()  # type: ignore[union-attr]
-        values: list[int | float] = []
+        values: list[BlockDescriptor | int | float] = []
         key: list[Any] = [device_index, constants, num_warps, num_stages, registers_max]
         for argument in arguments:
             _add(argument, values, key)
@@ -55,7 +67,7 @@ class KernelLauncher:
         compiled[grid](*values, *constants, stream=driver.active.get_current_stream(device_index))
 
 
-def _add(argument: Argument, values: list[int | float], key: list[Any]) -> None:
+def _add(argument: Argument, values: list[BlockDescriptor | int | float], key: list[Any]) -> None:
     """What a compiled kernel is given, and all of it that the compiler may make a difference of.
 
     That is types, whether 16 divides a pointer or an integer, and whether an integer is 1 or needs 64 bits.
@@ -69,6 +81,8 @@ def _add(argument: Argument, values: list[int | float], key: list[Any]) -> None:
     values.append(argument)
     if isinstance(argument, float):
         key.append(float)
+    elif not isinstance(argument, int):
+        key.append((argument.base.dtype, *argument.block_shape))
     elif argument == 1:
         key.append(1)
     else:

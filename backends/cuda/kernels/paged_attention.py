@@ -6,8 +6,8 @@ from functools import cache
 import torch
 
 from backends.cuda.kernels.decode_attention import DecodeShares, decode_attention, share_out
-from backends.cuda.kernels.prefill_attention import prefill_attention
-from backends.cuda.kernels.tile_shapes import decode_tile, num_programs_wanted, prefill_tile
+from backends.cuda.kernels.prompt_attention import PromptRows, prompt_attention
+from backends.cuda.kernels.tile_shapes import decode_tile, num_programs_wanted
 from backends.step_inputs import StepInputs
 
 
@@ -18,31 +18,31 @@ class StepAttention:
     inputs: StepInputs
     num_decodes: int
     num_seqs: int
-    num_prompt_rows_max: int
-    prompt_context_len_max: int
     decode_context_lens: torch.Tensor  # [num_decodes]
     decode_block_tables: torch.Tensor  # [num_decodes, num_blocks_max]
-    prompt_query_starts: torch.Tensor  # [num_prompts + 1], rows of the whole step
-    prompt_context_lens: torch.Tensor  # [num_prompts]
-    prompt_block_tables: torch.Tensor  # [num_prompts, num_blocks_max]
+    prompts: PromptRows
     decode_shares: DecodeShares | None = None  # made by the first layer, which knows how many heads there are
 
 
 def prepare_attention(inputs: StepInputs, *, block_size: int, sliding_window: int = 0) -> StepAttention:
     """Once for each step. Block size and window are not needed: ``attention`` has them from the cache and the layer."""
     num_decodes, num_tokens = inputs.num_decodes, inputs.positions.shape[0]
+    is_captured = inputs.decode_count is not None
+    prompts = PromptRows(
+        query_starts=inputs.query_starts[num_decodes:],
+        context_lens=inputs.context_lens[num_decodes:],
+        block_tables=inputs.block_tables[num_decodes:],
+        num_rows_max=num_tokens if is_captured else num_tokens - num_decodes,
+        # A captured step is a small one; how far its prompts have come is not known.
+        context_len_max=num_tokens if is_captured else inputs.context_len_max,
+    )
     return StepAttention(
         inputs=inputs,
         num_decodes=num_decodes,
         num_seqs=inputs.context_lens.shape[0],
-        num_prompt_rows_max=num_tokens - (0 if inputs.decode_count is not None else num_decodes),
-        # A captured step is a small one; how far its prompts have come is not known.
-        prompt_context_len_max=inputs.context_len_max if inputs.decode_count is None else num_tokens,
         decode_context_lens=inputs.context_lens[:num_decodes],
         decode_block_tables=inputs.block_tables[:num_decodes],
-        prompt_query_starts=inputs.query_starts[num_decodes:],
-        prompt_context_lens=inputs.context_lens[num_decodes:],
-        prompt_block_tables=inputs.block_tables[num_decodes:],
+        prompts=prompts,
     )
 
 
@@ -65,10 +65,9 @@ def attention(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     heads = (head_dim, query.shape[1] // head_dim // num_kv_heads, query.element_size())
     num_decodes = inputs.num_decodes
-    num_compute_units, holds_large_tiles = _device_limits(query.device)
     if num_decodes:
         if inputs.decode_shares is None:
-            num_programs = num_programs_wanted(num_compute_units)
+            num_programs = num_programs_wanted(_num_compute_units(query.device))
             lens = inputs.decode_context_lens
             inputs.decode_shares = share_out(
                 lens,
@@ -90,27 +89,11 @@ def attention(
             sliding_window=sliding_window,
         )
     if num_decodes < inputs.num_seqs:
-        prefill_attention(
-            query,
-            key_cache,
-            value_cache,
-            out,
-            inputs.prompt_query_starts,
-            inputs.prompt_context_lens,
-            inputs.prompt_block_tables,
-            inputs.num_prompt_rows_max,
-            prefill_tile(*heads, inputs.prompt_context_len_max, holds_large_tiles),
-            scale=scale,
-            sliding_window=sliding_window,
-        )
+        prompt_attention(query, key_cache, value_cache, out, inputs.prompts, scale=scale, sliding_window=sliding_window)
     return out
 
 
 @cache
-def _device_limits(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors, and whether a program can have 165 KiB of shared memory. A CPU, which interprets, has least."""
-    if device.type == "cpu":
-        return 1, False
-    properties = torch.cuda.get_device_properties(device)
-    # Compute capabilities 8 and 12 have less, 8.0 itself 163 KiB.
-    return properties.multi_processor_count, properties.major in (9, 10)
+def _num_compute_units(device: torch.device) -> int:
+    """Multiprocessors; a CPU, which interprets, has one."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

@@ -130,5 +130,4 @@ def prefill_attention(
         ),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
-        registers_max=shape.registers_max,
     )

@@ -12,6 +12,12 @@ _HEAD_DIM_MAX = 256
 _GROUP_COLUMNS_MAX = 64 * 128
 
 
+HOPPER_ROWS = 128  # of queries in a tile of the kernel for Hopper
+_HOPPER_HEAD_DIMS = (64, 128)
+_HOPPER_BLOCK_SIZES = (8, 16, 32, 64)  # its shared memory is laid out in eights of rows
+_SHORT_CONTEXT = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class TileShape:
     """Rows of queries (tokens x heads of a group) and keys of one tile, and how its program is compiled."""
@@ -20,7 +26,14 @@ class TileShape:
     num_keys: int
     num_warps: int
     num_stages: int
-    registers_max: int | None = None  # of a thread
+
+
+@dataclass(frozen=True, slots=True)
+class HopperTiles:
+    """Keys of one tile, and how many tiles of keys, and as many of values, are in shared memory at a time."""
+
+    num_keys: int
+    num_stages: int
 
 
 def fit_tiles(head_dim: int, group: int) -> bool:
@@ -47,6 +60,19 @@ def prefill_tile(
     else:
         shape = TileShape(num_rows=128, num_keys=128, num_warps=8, num_stages=2)
     return replace(shape, num_rows=max(shape.num_rows, power_of_two_from(group)))
+
+
+def fit_hopper_tiles(head_dim: int, group: int, element_bytes: int, block_size: int) -> bool:
+    """Whether the kernel for Hopper is for such heads and blocks."""
+    fits = head_dim in _HOPPER_HEAD_DIMS and block_size in _HOPPER_BLOCK_SIZES
+    return fits and element_bytes == 2 and group <= HOPPER_ROWS
+
+
+def hopper_tiles(context_len_max: int) -> HopperTiles:
+    """Large tiles keep the tensor cores busier, of small ones fewer keys are masked."""
+    if context_len_max <= _SHORT_CONTEXT:
+        return HopperTiles(num_keys=64, num_stages=4)
+    return HopperTiles(num_keys=128, num_stages=3)
 
 
 def decode_tile(head_dim: int, group: int, element_bytes: int) -> TileShape:

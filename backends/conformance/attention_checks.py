@@ -36,6 +36,8 @@ _CASES = (
     AttentionCase("many decodes", tuple((1, 3 + 7 * index) for index in range(48))),
     AttentionCase("prompts", _PROMPTS, _QWEN),
     AttentionCase("one long prompt", ((700, 700),)),
+    AttentionCase("one prompt of 2,500 tokens", ((2500, 2500),), HeadShape(2, 1, 64)),
+    AttentionCase("many prompts and chunks", tuple((20 + index, 20 + 3 * index) for index in range(48))),
     AttentionCase("long prompts and chunks behind decodes", (*_DECODES, (600, 1100), (3, 50), (520, 520)), _QWEN),
     AttentionCase("long chunks, window 100", ((1, 90), (600, 1100), (3, 50), (520, 520)), sliding_window=100),
     AttentionCase("a long prompt, heads of 80", ((1, 9), (600, 611)), HeadShape(6, 2, 80)),

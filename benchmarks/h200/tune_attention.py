@@ -25,8 +25,10 @@ from backends.cuda import operator_kernels
 from backends.cuda.kernels.decode_attention import decode_attention, share_out
 from backends.cuda.kernels.hopper_attention import hopper_attention
 from backends.cuda.kernels.prefill_attention import prefill_attention
+from backends.cuda.kernels.prompt_attention import num_compute_units
+from backends.cuda.kernels.prompt_tiles import lay_out_tiles
 from backends.cuda.kernels.sampling import draw_tokens
-from backends.cuda.kernels.tile_shapes import HopperTiles, TileShape
+from backends.cuda.kernels.tile_shapes import HOPPER_ROWS, HopperTiles, TileShape
 from backends.model_runner.sampler.gumbel_noise import exponential_noise, token_hashes
 from benchmarks.h200.measure_kernels import (
     BLOCK_SIZE,
@@ -137,16 +139,18 @@ def decode_call(shape: TileShape, num_parts: int) -> Callable[..., object]:
 def prefill_call(shape: TileShape) -> Callable[..., object]:
     def call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        where = (inputs.query_starts, inputs.context_lens, inputs.block_tables, query.shape[0], shape)
+        tiles = lay_out_tiles(inputs.query_starts, inputs.context_lens, query.shape[0], shape.num_rows // GROUP_SIZE)
+        where = (tiles, inputs.block_tables, shape)
         prefill_attention(query, keys, values, out, *where, scale=SCALE, sliding_window=0)
 
     return call
 
 
-def hopper_call(tiles: HopperTiles) -> Callable[..., object]:
+def hopper_call(shape: HopperTiles) -> Callable[..., object]:
     def call(query, keys, values, inputs):  # type: ignore[no-untyped-def]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        where = (inputs.query_starts, inputs.context_lens, inputs.block_tables, query.shape[0], tiles)
+        tiles = lay_out_tiles(inputs.query_starts, inputs.context_lens, query.shape[0], HOPPER_ROWS // GROUP_SIZE)
+        where = (tiles, inputs.block_tables, shape, num_compute_units(query.device))
         hopper_attention(query, keys, values, out, *where, scale=SCALE)
 
     return call
@@ -197,9 +201,9 @@ def prefill_variants() -> Iterator[Variant]:
         if len(sequences) == 1 and sequences[0][0] == sequences[0][1]:
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
                 yield what.variant("prefill", case, f"torch {backend.name.lower()}", torch_call(backend), False)
-        for tiles in HOPPER_TILES:
-            name = f"Hopper, {tiles.num_keys} keys, {tiles.num_stages} stages"
-            yield what.variant("prefill", case, name, hopper_call(tiles), False)
+        for hopper in HOPPER_TILES:
+            name = f"Hopper, {hopper.num_keys} keys, {hopper.num_stages} stages"
+            yield what.variant("prefill", case, name, hopper_call(hopper), False)
         for shape in PREFILL_SHAPES:
             yield what.variant("prefill", case, named(shape), prefill_call(shape), False)
 

@@ -4,8 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.cuda.kernels.tile_shapes import (
+    HOPPER_ROWS,
     decode_tile,
+    fit_hopper_tiles,
     head_columns,
+    hopper_tiles,
     power_of_two_from,
     prefill_tile,
 )
@@ -32,6 +35,23 @@ def test_large_tiles_are_for_long_contexts_on_devices_that_hold_them() -> None:
         for context_len, holds_large_tiles in ((1000, True), (8000, True), (8000, False))
     ]
     assert sizes == [64, 128, 64]
+
+
+@given(st.sampled_from([64, 128]), st.integers(1, 128), st.sampled_from([8, 16, 32, 64]), st.integers(1, 100_000))
+def test_tiles_for_hopper_fit_its_shared_memory(head_dim: int, group: int, block_size: int, context_len: int) -> None:
+    assert fit_hopper_tiles(head_dim, group, 2, block_size)
+    shape = hopper_tiles(context_len)
+    assert shape.num_keys % block_size == 0
+    row_bytes = 2 * head_dim
+    barriers_bytes = 1024
+    assert (HOPPER_ROWS + 2 * shape.num_stages * shape.num_keys) * row_bytes + barriers_bytes <= 227 << 10
+
+
+def test_the_kernel_for_hopper_leaves_other_heads_alone() -> None:
+    assert not fit_hopper_tiles(96, 4, 2, 16)
+    assert not fit_hopper_tiles(128, 4, 4, 16)
+    assert not fit_hopper_tiles(128, 4, 2, 48)
+    assert not fit_hopper_tiles(64, 129, 2, 16)
 
 
 @given(st.integers(1, 1 << 20))

@@ -27,6 +27,7 @@ from backends.conformance.operator_checks import operator_checks
 from backends.cpu.backend import CpuBackend
 from backends.cuda.kernels.decode_attention import decode_attention, share_out
 from backends.cuda.kernels.prefill_attention import prefill_attention
+from backends.cuda.kernels.prompt_tiles import lay_out_tiles
 from backends.cuda.kernels.tile_shapes import decode_tile, prefill_tile
 from backends.cuda.operator_kernels import register_kernels
 from backends.operators import reference
@@ -122,12 +123,40 @@ def test_the_kernel_of_prompts_computes_decodes_too(window: int) -> None:
     batch = paged_batch(((1, 1), (1, 70), (3, 9), (20, 20), (1, 33)), HeadShape(6, 2, 64), 8, torch.float32)
     found = torch.full(batch.query.shape, torch.nan)
     caches = (batch.key_cache, batch.value_cache)
-    where = (batch.inputs.query_starts, batch.inputs.context_lens, batch.inputs.block_tables, batch.query.shape[0])
-    prefill_attention(
-        batch.query, *caches, found, *where, prefill_tile(64, 3, 4, 70, False), scale=0.125, sliding_window=window
-    )
+    shape = prefill_tile(64, 3, 4, 70, False)
+    inputs = batch.inputs
+    tiles = lay_out_tiles(inputs.query_starts, inputs.context_lens, batch.query.shape[0], shape.num_rows // 3)
+    where = (tiles, inputs.block_tables, shape)
+    prefill_attention(batch.query, *caches, found, *where, scale=0.125, sliding_window=window)
     exact = oracle.attention(batch.query, *caches, batch.inputs, scale=0.125, sliding_window=window)
     expect_close(found, exact, torch.float32, "attention")
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 1, 5, 17, 18, 19, 36, 100, 300]), st.sampled_from([0, 7, 50])), min_size=1),
+    st.sampled_from([0, 7]),
+    st.sampled_from([18, 64]),
+    st.sampled_from([0, 33]),
+)
+def test_every_row_of_prompts_is_in_one_tile_and_long_contexts_come_first(
+    sequences: list[tuple[int, int]], first_row: int, tokens: int, num_rows_to_spare: int
+) -> None:
+    rows, before = zip(*sequences, strict=True)
+    starts = list(itertools.accumulate(rows, initial=first_row))
+    context_lens = torch.tensor([each + seen for each, seen in sequences], dtype=torch.int32)
+    found = lay_out_tiles(torch.tensor(starts, dtype=torch.int32), context_lens, sum(rows) + num_rows_to_spare, tokens)
+    tiles = [tuple(tile) for tile in found.tiles.tolist()]
+    num_tiles = int(found.num_tiles)
+    wanted = [
+        (starts[sequence] + token, rows[sequence] - token, before[sequence] + token, sequence)
+        for sequence in range(len(rows))
+        for token in range(0, rows[sequence], tokens)
+    ]
+    assert sorted(tiles[:num_tiles]) == sorted(wanted)
+    ends = [position + min(num_left, tokens) for _, num_left, position, _ in tiles[:num_tiles]]
+    assert ends == sorted(ends, reverse=True)
+    assert all(num_left <= 0 for _, num_left, _, _ in tiles[num_tiles:])
 
 
 def test_a_negative_slot_is_written_nowhere(subject: Subject) -> None:

@@ -1,9 +1,10 @@
 """Paged attention of prompts on Hopper: what `prefill_attention` computes, for the heads and blocks that fit.
 
-A program has three parts that run beside each other. One warp has keys and values copied into shared memory, block by
-block, by the tensor memory accelerator. Two groups of four warps each attend for half of the program's rows: while
-the tensor cores multiply, a group takes the exponentials of its next scores, and the two take turns by themselves
-(as in FlashAttention-3, Shah et al. 2024, arXiv:2407.08608). Rows are a tile of tokens x the heads of a group.
+A program takes tile after tile of rows, which are tokens x the heads of a group, and has three parts that run beside
+each other. One warp has keys and values copied into shared memory, block by block, by the tensor memory accelerator.
+Two groups of four warps each attend for half of the rows: while the tensor cores multiply, a group takes the
+exponentials of its next scores, and the two take turns by themselves (as in FlashAttention-3, Shah et al. 2024,
+arXiv:2407.08608).
 """
 
 # ruff: noqa: N803
@@ -23,26 +24,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from backends.cuda.kernels.kernel_launcher import KernelLauncher
+from backends.cuda.kernels.prompt_tiles import PromptTiles
 from backends.cuda.kernels.tile_shapes import HOPPER_ROWS, LOG2_E, HopperTiles
 
 GROUP_ROWS = gl.constexpr(64)  # of a group of four warps: what its products take
 SWIZZLED = gl.constexpr(64)  # columns of 16 bits that lie side by side in shared memory
 REGISTERS_OF_ATTENTION = gl.constexpr(232)
 REGISTERS_OF_COPIES = gl.constexpr(40)
-_REGISTERS = 168  # of each thread on the average, the twelve warps of a program taken together
+REGISTERS = 168  # of each thread on the average, the twelve warps of a program taken together
 
 
 @gluon.jit
-def _sequence_of_tile(tile, query_starts, num_seqs, TOKENS: gl.constexpr):
-    """The last sequence whose places in the grid begin at or before the tile."""
-    base = gl.load(query_starts)
-    low, high = 0, num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        first_tile = (gl.load(query_starts + middle) - base) // TOKENS + middle
-        low = gl.where(first_tile <= tile, middle, low)
-        high = gl.where(first_tile <= tile, high, middle)
-    return low
+def _item_of(turn, HEADS: gl.constexpr):
+    """Which tile and which key-value head are a program's in a turn.
+
+    Tiles come with falling numbers of keys, and every other turn programs come in reverse: in two turns they all
+    get nearly the same.
+    """
+    num_programs = gl.num_programs(0)
+    is_even = turn % 2 == 0
+    item = turn * num_programs + gl.where(is_even, gl.program_id(0), num_programs - 1 - gl.program_id(0))
+    return item // HEADS, item % HEADS
 
 
 @gluon.jit
@@ -61,26 +63,35 @@ def _copy_blocks(
 
 @gluon.jit
 def _copy_keys_and_values(
-    key_cache, value_cache, table, context_len, column, num_tiles, key_pages, value_pages,
+    key_cache, value_cache, tiles, num_tiles, block_tables, table_row_stride, key_pages, value_pages,
     keys_ready, keys_free, values_ready, values_free,
+    TOKENS: gl.constexpr, HEADS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The part that fills shared memory, a tile of keys and one of values after the other."""
-    index_last = (context_len - 1) // BLOCK_SIZE
-    for tile in range(num_tiles):
-        stage, phase = tile % STAGES, tile // STAGES & 1
-        first_index = tile * (KEYS // BLOCK_SIZE)
-        first_page = stage * (KEYS // BLOCK_SIZE * (HEAD_DIM // SWIZZLED))
-        mbarrier.wait(keys_free.index(stage), phase ^ 1)
-        _copy_blocks(
-            key_cache, table, index_last, first_index, column, keys_ready.index(stage), key_pages, first_page,
-            BLOCK_SIZE, KEYS, HEAD_DIM,
-        )  # fmt: skip
-        mbarrier.wait(values_free.index(stage), phase ^ 1)
-        _copy_blocks(
-            value_cache, table, index_last, first_index, column, values_ready.index(stage), value_pages, first_page,
-            BLOCK_SIZE, KEYS, HEAD_DIM,
-        )  # fmt: skip
+    num_copied = 0
+    for turn in range(gl.cdiv(num_tiles * HEADS, gl.num_programs(0))):
+        place, head = _item_of(turn, HEADS)
+        if place < num_tiles:
+            num_rows = gl.load(tiles + 4 * place + 1)
+            first_position = gl.load(tiles + 4 * place + 2)
+            table = block_tables + gl.load(tiles + 4 * place + 3).to(gl.int64) * table_row_stride
+            index_last = (first_position + num_rows - 1) // BLOCK_SIZE
+            for tile in range(gl.cdiv(first_position + gl.minimum(num_rows, TOKENS), KEYS)):
+                stage, phase = num_copied % STAGES, num_copied // STAGES & 1
+                first_index = tile * (KEYS // BLOCK_SIZE)
+                first_page = stage * (KEYS // BLOCK_SIZE * (HEAD_DIM // SWIZZLED))
+                mbarrier.wait(keys_free.index(stage), phase ^ 1)
+                _copy_blocks(
+                    key_cache, table, index_last, first_index, head * HEAD_DIM, keys_ready.index(stage),
+                    key_pages, first_page, BLOCK_SIZE, KEYS, HEAD_DIM,
+                )  # fmt: skip
+                mbarrier.wait(values_free.index(stage), phase ^ 1)
+                _copy_blocks(
+                    value_cache, table, index_last, first_index, head * HEAD_DIM, values_ready.index(stage),
+                    value_pages, first_page, BLOCK_SIZE, KEYS, HEAD_DIM,
+                )  # fmt: skip
+                num_copied += 1
 
 
 @gluon.jit
@@ -111,15 +122,19 @@ def _weights(scores, first_key, positions, score_max, weight_sum, scale, MASKED:
 
 @gluon.jit
 def _attend_tiles(
-    first_tile, end_tile, queries, keys, values, value_pages, keys_ready, keys_free, values_ready, values_free,
-    positions, context_len, scale, operand, result, weight_sum, score_max,
-    BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    first_tile, end_tile, num_before, queries, keys, values, keys_ready, keys_free, values_ready, values_free,
+    positions, scale, operand, result, weight_sum, score_max,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile are multiplied first, then the values of the tile before, whose weights are ``operand``."""
+    """Scores of a tile are multiplied first, then the values of the tile before, whose weights are ``operand``.
+
+    ``num_before`` tiles were copied before the first one of these keys.
+    """
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     for tile in range(first_tile, end_tile):
-        stage, phase = tile % STAGES, tile // STAGES & 1
-        stage_before, phase_before = (tile - 1) % STAGES, (tile - 1) // STAGES & 1
+        count = num_before + tile
+        stage, phase = count % STAGES, count // STAGES & 1
+        stage_before, phase_before = (count - 1) % STAGES, (count - 1) // STAGES & 1
         mbarrier.wait(keys_ready.index(stage), phase)
         scores = gl.zeros([GROUP_ROWS, KEYS], gl.float32, scores_layout)
         scores = warpgroup_mma(queries, keys.index(stage).permute([1, 0]), scores, use_acc=False, is_async=True)
@@ -141,13 +156,13 @@ def _attend_tiles(
 
 
 @gluon.jit
-def _attend(
+def _attend_item(
     query, out, queries, keys, values, value_pages, keys_ready, keys_free, values_ready, values_free,
-    first_row, first_token, num_rows, context_len, kv_head, num_tiles, query_row_stride, out_row_stride, scale,
+    first_row, num_rows, first_position, head, num_before, query_row_stride, out_row_stride, scale,
     FIRST: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The part that attends, for the program's rows from FIRST on."""
+    """One tile of rows, from its row FIRST on, and one head. How many tiles of keys it has seen."""
     copy_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     result_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -156,20 +171,20 @@ def _attend(
 
     rows = FIRST + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, copy_layout))
     columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, copy_layout))
-    tokens = first_token + rows // GROUP
-    inside = ((tokens < num_rows) & (rows < TOKENS * GROUP))[:, None]
-    token_rows = (first_row + tokens).to(gl.int64)
-    head_columns = (kv_head * GROUP + rows % GROUP) * HEAD_DIM
+    inside = ((rows // GROUP < num_rows) & (rows < TOKENS * GROUP))[:, None]
+    token_rows = (first_row + rows // GROUP).to(gl.int64)
+    head_columns = (head * GROUP + rows % GROUP) * HEAD_DIM
     places = (token_rows * query_row_stride + head_columns)[:, None] + columns[None, :]
     queries.store(gl.load(query + places, mask=inside, other=0.0))
     fence_async_shared()
 
-    first_position = context_len - num_rows + first_token
+    num_tiles = gl.cdiv(first_position + gl.minimum(num_rows, TOKENS), KEYS)
     positions = first_position + (FIRST + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, scores_layout))) // GROUP
-    mbarrier.wait(keys_ready.index(0), 0)
+    first_stage = num_before % STAGES
+    mbarrier.wait(keys_ready.index(first_stage), num_before // STAGES & 1)
     scores = gl.zeros([GROUP_ROWS, KEYS], gl.float32, scores_layout)
-    scores = warpgroup_mma(queries, keys.index(0).permute([1, 0]), scores, use_acc=False)
-    mbarrier.arrive(keys_free.index(0))
+    scores = warpgroup_mma(queries, keys.index(first_stage).permute([1, 0]), scores, use_acc=False)
+    mbarrier.arrive(keys_free.index(first_stage))
     score_max = gl.full([GROUP_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, scores_layout))
     weight_sum = gl.zeros([GROUP_ROWS], gl.float32, gl.SliceLayout(1, scores_layout))
     # Every row sees the first key, so that no maximum stays infinite.
@@ -179,56 +194,64 @@ def _attend(
 
     end_unmasked = gl.minimum(gl.maximum((first_position + FIRST // GROUP + 1) // KEYS, 1), num_tiles)
     operand, result, weight_sum, score_max = _attend_tiles(
-        1, end_unmasked, queries, keys, values, value_pages, keys_ready, keys_free, values_ready, values_free,
-        positions, context_len, scale, operand, result, weight_sum, score_max,
-        BLOCK_SIZE, KEYS, HEAD_DIM, STAGES, False,
+        1, end_unmasked, num_before, queries, keys, values, keys_ready, keys_free, values_ready, values_free,
+        positions, scale, operand, result, weight_sum, score_max, KEYS, STAGES, False,
     )  # fmt: skip
     operand, result, weight_sum, score_max = _attend_tiles(
-        end_unmasked, num_tiles, queries, keys, values, value_pages, keys_ready, keys_free, values_ready, values_free,
-        positions, context_len, scale, operand, result, weight_sum, score_max,
-        BLOCK_SIZE, KEYS, HEAD_DIM, STAGES, True,
+        end_unmasked, num_tiles, num_before, queries, keys, values, keys_ready, keys_free, values_ready, values_free,
+        positions, scale, operand, result, weight_sum, score_max, KEYS, STAGES, True,
     )  # fmt: skip
-    last = num_tiles - 1
-    mbarrier.wait(values_ready.index(last % STAGES), last // STAGES & 1)
-    num_seen = context_len - last * KEYS
+    last = num_before + num_tiles - 1
+    last_stage = last % STAGES
+    mbarrier.wait(values_ready.index(last_stage), last // STAGES & 1)
+    num_seen = first_position + num_rows - (num_tiles - 1) * KEYS
     if num_seen < KEYS:
-        _clear_values(value_pages, last % STAGES * pages_of_stage, num_seen, BLOCK_SIZE, KEYS, HEAD_DIM)
-    result = warpgroup_mma(operand, values.index(last % STAGES), result)
+        _clear_values(value_pages, last_stage * pages_of_stage, num_seen, BLOCK_SIZE, KEYS, HEAD_DIM)
+    result = warpgroup_mma(operand, values.index(last_stage), result)
+    mbarrier.arrive(values_free.index(last_stage))
 
     result = result / gl.convert_layout(weight_sum, gl.SliceLayout(1, result_layout))[:, None]
     # By way of the queries' memory, so that whole rows are written.
     queries.store(result.to(queries.dtype))
     places = (token_rows * out_row_stride + head_columns)[:, None] + columns[None, :]
     gl.store(out + places, queries.load(copy_layout), mask=inside)
+    return num_tiles
+
+
+@gluon.jit
+def _attend(
+    query, out, tiles, num_tiles, queries, keys, values, value_pages,
+    keys_ready, keys_free, values_ready, values_free, query_row_stride, out_row_stride, scale,
+    FIRST: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The part that attends, for the rows of tiles from FIRST on."""
+    num_before = 0
+    for turn in range(gl.cdiv(num_tiles * HEADS, gl.num_programs(0))):
+        place, head = _item_of(turn, HEADS)
+        if place < num_tiles:
+            first_row = gl.load(tiles + 4 * place)
+            num_rows = gl.load(tiles + 4 * place + 1)
+            first_position = gl.load(tiles + 4 * place + 2)
+            num_before += _attend_item(
+                query, out, queries, keys, values, value_pages, keys_ready, keys_free, values_ready, values_free,
+                first_row, num_rows, first_position, head, num_before, query_row_stride, out_row_stride, scale,
+                FIRST, GROUP, TOKENS, BLOCK_SIZE, KEYS, HEAD_DIM, STAGES,
+            )  # fmt: skip
 
 
 @KernelLauncher
 @gluon.jit(
-    do_not_specialize=["num_seqs", "table_row_stride"],
-    do_not_specialize_on_alignment=["query_starts", "context_lens", "block_tables"],
+    do_not_specialize=["table_row_stride"],
+    do_not_specialize_on_alignment=["tiles", "num_tiles", "block_tables"],
 )
 def _hopper_attention(
-    query, key_cache, value_cache, out, query_starts, context_lens, block_tables, num_seqs,
+    query, key_cache, value_cache, out, tiles, num_tiles, block_tables,
     query_row_stride, out_row_stride, table_row_stride, scale,
-    GROUP: gl.constexpr, TOKENS: gl.constexpr, KEYS: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, TOKENS: gl.constexpr, HEADS: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One program for each tile of TOKENS tokens x GROUP heads and each key-value head."""
-    # The last tiles of a prompt see the most keys, so they start first.
-    tile = gl.num_programs(0) - 1 - gl.program_id(0)
-    kv_head = gl.program_id(1)
-    sequence = _sequence_of_tile(tile, query_starts, num_seqs, TOKENS)
-    first_row = gl.load(query_starts + sequence)
-    num_rows = gl.load(query_starts + sequence + 1) - first_row
-    tile_of_sequence = tile - ((first_row - gl.load(query_starts)) // TOKENS + sequence)
-    first_token = tile_of_sequence * TOKENS
-    if first_token >= num_rows:
-        return
-    context_len = gl.load(context_lens + sequence)
-    end_key = gl.minimum(context_len - num_rows + first_token + TOKENS, context_len)
-    num_tiles = gl.cdiv(end_key, KEYS)
-    table = block_tables + sequence.to(gl.int64) * table_row_stride
-
+    """Programs share out the tiles of TOKENS tokens x GROUP heads, each of them for each key-value head."""
     element: gl.constexpr = key_cache.dtype
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     num_pages: gl.constexpr = STAGES * (KEYS // BLOCK_SIZE) * (HEAD_DIM // SWIZZLED)
@@ -248,25 +271,23 @@ def _hopper_attention(
         mbarrier.init(values_ready.index(stage), count=1)
         mbarrier.init(values_free.index(stage), count=2)
     fence_async_shared()
+    tiles_there = gl.load(num_tiles)
     gl.warp_specialize(
         [
             (_attend, (
-                query, out, queries.index(0), keys, values, value_pages,
-                keys_ready, keys_free, values_ready, values_free,
-                first_row, first_token, num_rows, context_len, kv_head, num_tiles,
-                query_row_stride, out_row_stride, scale,
-                0, GROUP, TOKENS, BLOCK_SIZE, KEYS, HEAD_DIM, STAGES,
+                query, out, tiles, tiles_there, queries.index(0), keys, values, value_pages,
+                keys_ready, keys_free, values_ready, values_free, query_row_stride, out_row_stride, scale,
+                0, GROUP, TOKENS, HEADS, BLOCK_SIZE, KEYS, HEAD_DIM, STAGES,
             )),
             (_attend, (
-                query, out, queries.index(1), keys, values, value_pages,
-                keys_ready, keys_free, values_ready, values_free,
-                first_row, first_token, num_rows, context_len, kv_head, num_tiles,
-                query_row_stride, out_row_stride, scale,
-                GROUP_ROWS, GROUP, TOKENS, BLOCK_SIZE, KEYS, HEAD_DIM, STAGES,
+                query, out, tiles, tiles_there, queries.index(1), keys, values, value_pages,
+                keys_ready, keys_free, values_ready, values_free, query_row_stride, out_row_stride, scale,
+                GROUP_ROWS, GROUP, TOKENS, HEADS, BLOCK_SIZE, KEYS, HEAD_DIM, STAGES,
             )),
             (_copy_keys_and_values, (
-                key_cache, value_cache, table, context_len, kv_head * HEAD_DIM, num_tiles, key_pages, value_pages,
-                keys_ready, keys_free, values_ready, values_free, BLOCK_SIZE, KEYS, HEAD_DIM, STAGES,
+                key_cache, value_cache, tiles, tiles_there, block_tables, table_row_stride, key_pages, value_pages,
+                keys_ready, keys_free, values_ready, values_free,
+                TOKENS, HEADS, BLOCK_SIZE, KEYS, HEAD_DIM, STAGES,
             )),
         ],
         [4, 1],
@@ -279,34 +300,28 @@ def hopper_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     out: torch.Tensor,
-    query_starts: torch.Tensor,
-    context_lens: torch.Tensor,
+    tiles: PromptTiles,
     block_tables: torch.Tensor,
-    num_rows: int,
-    tiles: HopperTiles,
+    shape: HopperTiles,
+    num_programs: int,
     *,
     scale: float,
 ) -> None:
-    """As `prefill_attention`, without a sliding window, on contiguous caches, for heads that `fit_hopper_tiles`."""
-    num_seqs = context_lens.shape[0]
-    if num_rows == 0 or num_seqs == 0:
-        return
+    """As `prefill_attention`, without a sliding window, on contiguous caches, for heads that `fit_hopper_tiles`.
+
+    Tiles are of HOPPER_ROWS // (heads of a group) tokens. ``num_programs`` that run at the same time share them out.
+    """
     _, block_size, num_kv_heads, head_dim = key_cache.shape
     group = query.shape[1] // head_dim // num_kv_heads
-    tokens = HOPPER_ROWS // group
-    block_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    blocks = [
-        TensorDescriptor.from_tensor(
-            cache.view(-1, num_kv_heads * head_dim), [block_size, SWIZZLED.value], block_layout
-        )
-        for cache in (key_cache, value_cache)
-    ]
-    tables = (query_starts, context_lens, block_tables, num_seqs)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    slots = [cache.view(-1, num_kv_heads * head_dim) for cache in (key_cache, value_cache)]
+    blocks = [TensorDescriptor.from_tensor(cache, [block_size, SWIZZLED.value], layout) for cache in slots]
     strides = (query.stride(0), out.stride(0), block_tables.stride(0))
+    tokens = HOPPER_ROWS // group
     _hopper_attention(
-        (num_rows // tokens + num_seqs, num_kv_heads, 1),
-        (query, *blocks, out, *tables, *strides, scale * LOG2_E),
-        (group, tokens, tiles.num_keys, block_size, head_dim, tiles.num_stages),
+        (min(num_programs, tiles.num_places * num_kv_heads), 1, 1),
+        (query, *blocks, out, tiles.tiles, tiles.num_tiles, block_tables, *strides, scale * LOG2_E),
+        (group, tokens, num_kv_heads, block_size, shape.num_keys, head_dim, shape.num_stages),
         num_warps=4,
-        registers_max=_REGISTERS,
+        registers_max=REGISTERS,
     )

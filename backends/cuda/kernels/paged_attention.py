@@ -1,12 +1,11 @@
 """Paged attention of a whole batch: decodes by the one kernel, all others by the other."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from backends.cuda.kernels.decode_attention import DecodeShares, decode_attention, share_out
-from backends.cuda.kernels.prompt_attention import PromptRows, prompt_attention
+from backends.cuda.kernels.prompt_attention import PromptRows, num_compute_units, prompt_attention
 from backends.cuda.kernels.tile_shapes import decode_tile, num_programs_wanted
 from backends.step_inputs import StepInputs
 
@@ -67,7 +66,7 @@ def attention(
     num_decodes = inputs.num_decodes
     if num_decodes:
         if inputs.decode_shares is None:
-            num_programs = num_programs_wanted(_num_compute_units(query.device))
+            num_programs = num_programs_wanted(num_compute_units(query.device))
             lens = inputs.decode_context_lens
             inputs.decode_shares = share_out(
                 lens,
@@ -91,9 +90,3 @@ def attention(
     if num_decodes < inputs.num_seqs:
         prompt_attention(query, key_cache, value_cache, out, inputs.prompts, scale=scale, sliding_window=sliding_window)
     return out
-
-
-@cache
-def _num_compute_units(device: torch.device) -> int:
-    """Multiprocessors; a CPU, which interprets, has one."""
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

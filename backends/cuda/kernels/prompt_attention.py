@@ -8,14 +8,15 @@ import torch
 
 from backends.cuda.kernel_trial import why_it_fails
 from backends.cuda.kernels.prefill_attention import prefill_attention
-from backends.cuda.kernels.tile_shapes import fit_hopper_tiles, hopper_tiles, prefill_tile
+from backends.cuda.kernels.prompt_tiles import PromptTiles, lay_out_tiles
+from backends.cuda.kernels.tile_shapes import HOPPER_ROWS, fit_hopper_tiles, hopper_tiles, prefill_tile
 
 _LOG = logging.getLogger(__name__)
 _HOPPER = 9  # major compute capability
 _HOLDING_LARGE_TILES = (9, 10)  # compute capabilities 8 and 12 have less shared memory, 8.0 itself 163 KiB
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PromptRows:
     """Sequences of any number of rows, which follow each other in the step. Nothing of it is read back."""
 
@@ -24,6 +25,13 @@ class PromptRows:
     block_tables: torch.Tensor  # [num_seqs, num_blocks_max] int32
     num_rows_max: int
     context_len_max: int
+    tiles: PromptTiles | None = None  # made by the first layer, which knows the kernel
+
+    def in_tiles_of(self, num_tokens: int) -> PromptTiles:
+        """The rows shared out among tiles of so many tokens."""
+        if self.tiles is None or self.tiles.tokens_per_tile != num_tokens:
+            self.tiles = lay_out_tiles(self.query_starts, self.context_lens, self.num_rows_max, num_tokens)
+        return self.tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +59,19 @@ def prompt_attention(
     """Causal attention of these rows of ``query`` [num_tokens, num_heads * head_dim] into the same rows of ``out``."""
     _, block_size, num_kv_heads, head_dim = key_cache.shape
     group = query.shape[1] // head_dim // num_kv_heads
-    where = (rows.query_starts, rows.context_lens, rows.block_tables, rows.num_rows_max)
     operands = _Operands(query.device, query.dtype, block_size, num_kv_heads, group, head_dim)
     is_plain = sliding_window == 0 and key_cache.is_contiguous() and value_cache.is_contiguous()
     if is_plain and key_cache.dtype == query.dtype and _takes_hopper(operands):
         from backends.cuda.kernels.hopper_attention import hopper_attention
 
-        tiles = hopper_tiles(rows.context_len_max)
-        hopper_attention(query, key_cache, value_cache, out, *where, tiles, scale=scale)
+        tiles, shape = rows.in_tiles_of(HOPPER_ROWS // group), hopper_tiles(rows.context_len_max)
+        where = (tiles, rows.block_tables, shape, num_compute_units(query.device))
+        hopper_attention(query, key_cache, value_cache, out, *where, scale=scale)
         return
     has_large_tiles = _compute_capability(query.device) in _HOLDING_LARGE_TILES
-    shape = prefill_tile(head_dim, group, query.element_size(), rows.context_len_max, has_large_tiles)
-    prefill_attention(query, key_cache, value_cache, out, *where, shape, scale=scale, sliding_window=sliding_window)
+    tile = prefill_tile(head_dim, group, query.element_size(), rows.context_len_max, has_large_tiles)
+    among = (rows.in_tiles_of(tile.num_rows // group), rows.block_tables, tile)
+    prefill_attention(query, key_cache, value_cache, out, *among, scale=scale, sliding_window=sliding_window)
 
 
 @cache
@@ -88,11 +97,18 @@ def _try_hopper(operands: _Operands) -> None:
     cache = query.new_zeros(1, operands.block_size, num_kv_heads, head_dim)
     lengths = torch.tensor([0, 1, 1], dtype=torch.int32, device=operands.device)
     table = torch.zeros(1, 16, dtype=torch.int32, device=operands.device)
-    where = (lengths[:2], lengths[2:], table, 1)
-    hopper_attention(query, cache, cache, torch.empty_like(query), *where, hopper_tiles(1), scale=1.0)
+    tiles = lay_out_tiles(lengths[:2], lengths[2:], 1, HOPPER_ROWS // operands.group)
+    where = (tiles, table, hopper_tiles(1), 1)
+    hopper_attention(query, cache, cache, torch.empty_like(query), *where, scale=1.0)
 
 
 @cache
 def _compute_capability(device: torch.device) -> int:
     """The major one; of a CPU, which interprets kernels, none."""
     return 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).major
+
+
+@cache
+def num_compute_units(device: torch.device) -> int:
+    """Multiprocessors; a CPU, which interprets, has one."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

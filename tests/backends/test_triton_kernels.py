@@ -25,6 +25,8 @@ from backends.conformance.check import Check, Subject
 from backends.conformance.closeness import expect_close
 from backends.conformance.operator_checks import operator_checks
 from backends.cpu.backend import CpuBackend
+from backends.cuda import operator_kernels
+from backends.cuda.kernels import prompt_attention
 from backends.cuda.kernels.decode_attention import decode_attention, share_out
 from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.prompt_tiles import lay_out_tiles
@@ -157,6 +159,24 @@ def test_every_row_of_prompts_is_in_one_tile_and_long_contexts_come_first(
     ends = [position + min(num_left, tokens) for _, num_left, position, _ in tiles[:num_tiles]]
     assert ends == sorted(ends, reverse=True)
     assert all(num_left <= 0 for _, num_left, _, _ in tiles[num_tiles:])
+
+
+def test_where_the_kernel_for_hopper_fails_another_computes_and_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # This device is no such one, as its compiler finds out.
+    monkeypatch.setattr(prompt_attention, "_compute_capability", lambda device: 9)
+    prompt_attention._takes_hopper.cache_clear()
+    batch = paged_batch(((20, 20), (5, 45)), HeadShape(6, 2, 64), 16, torch.float16)
+    caches = (batch.key_cache, batch.value_cache)
+    for _ in range(2):
+        found = operator_kernels.attention(batch.query, *caches, batch.inputs, scale=0.125)
+        exact = oracle.attention(batch.query, *caches, batch.inputs, scale=0.125, sliding_window=0)
+        expect_close(found, exact, torch.float16, "attention")
+    prompt_attention._takes_hopper.cache_clear()
+    (record,) = caplog.records
+    assert "slower kernel" in record.getMessage()
+    assert "\n" not in record.getMessage()
 
 
 def test_a_negative_slot_is_written_nowhere(subject: Subject) -> None:

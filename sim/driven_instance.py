@@ -20,12 +20,13 @@ class DrivenMachine:
 class DrivenInstance(DrivenMachine):
     """One instance of a run."""
 
-    __slots__ = ("arriving", "arriving_ns", "device", "lost", "machine", "request_overhead_ns", "told_of")
+    __slots__ = ("arriving", "arriving_ns", "device", "lost", "machine", "plans_late", "request_overhead_ns", "told_of")
 
     def __init__(self, instance: SimInstance) -> None:
         super().__init__(instance.config.instance_id)
         self.machine = Instance(instance.config)
         self.request_overhead_ns = instance.cost_model.request_overhead_ns
+        self.plans_late = instance.config.plan_lead_ns > 0
         self.device: SimDevice
         self.lost = False
         self.told_of: dict[RequestId, None] = {}  # requests that it was ever given

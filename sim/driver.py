@@ -254,6 +254,8 @@ class SimDriver:
             instance.machine.check()
         for effect in effects:
             self._perform_for_instance(instance, effect, now_ns)
+        if instance.plans_late:
+            self._arm(instance)
 
     def _perform_for_instance(self, instance: DrivenInstance, effect: InstanceEffect, now_ns: int) -> None:
         if type(effect) is EmitTokens:

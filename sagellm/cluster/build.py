@@ -125,4 +125,6 @@ def _instance_config(
         prefix_caching=group.prefix_caching,
         eviction=group.eviction,
     )
+    if group.plan_lead_ns:
+        return replace(config, repeat_max=1, plan_lead_ns=group.plan_lead_ns)
     return config if fast_forward else replace(config, repeat_max=1)

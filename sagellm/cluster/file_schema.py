@@ -26,7 +26,12 @@ def _unlimited(value: Any) -> Any:
     return UNLIMITED if value == "unlimited" else value
 
 
+def _duration_ns_or_none(value: Any) -> int:
+    return 0 if value == "none" else _duration_ns(value)
+
+
 DurationNs = Annotated[int, BeforeValidator(_duration_ns)]
+DurationNsOrNone = Annotated[int, BeforeValidator(_duration_ns_or_none)]
 BandwidthBytesPerS = Annotated[int, BeforeValidator(_bandwidth_bytes_per_s)]
 Count = Annotated[int, Field(ge=1)]
 CountOrUnlimited = Annotated[int, Field(ge=1), BeforeValidator(_unlimited)]
@@ -53,6 +58,7 @@ class InstanceSection(Section):
     prefix_caching: bool = True
     eviction: str = "lru"
     steps_in_flight: Annotated[int, Field(ge=1, le=2)] | None = None
+    plan_lead: DurationNsOrNone | None = None
     kv_tokens: Count | None = None
     memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
 
@@ -61,6 +67,12 @@ class InstanceSection(Section):
         names_device = self.profile is not None and ("/" in self.profile or self.profile.endswith(".json"))
         if self.device is None and not names_device:
             raise ValueError("says not what it runs on; give device: h200, or profile: h200/vllm-0.22.1")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_step_to_hold_back(self) -> "InstanceSection":
+        if self.plan_lead and self.steps_in_flight == 1:
+            raise ValueError("has plan_lead and steps_in_flight: 1, so no step to hold back; leave one of them out")
         return self
 
 

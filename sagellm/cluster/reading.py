@@ -143,6 +143,7 @@ def _group(section: InstanceSection, parsed: ParsedYaml, index: int, directory: 
         prefix_caching=section.prefix_caching,
         eviction=section.eviction,
         steps_in_flight=section.steps_in_flight,
+        plan_lead_ns=section.plan_lead,
         kv_tokens=section.kv_tokens,
         memory_utilization=section.memory_utilization,
     )

@@ -68,6 +68,14 @@ def test_without_fast_forward_no_step_repeats() -> None:
     assert build(text).instances[0].config.repeat_max > 1_000
 
 
+def test_steps_that_are_planned_late_are_not_repeated() -> None:
+    (late,) = build("model: Qwen/Qwen2.5-7B\ninstances: [{device: h200, plan_lead: 2ms}]\n").instances
+    assert (late.config.plan_lead_ns, late.config.repeat_max) == (2_000_000, 1)
+    (at_once,) = build("model: Qwen/Qwen2.5-7B\ninstances: [{device: h200, plan_lead: none}]\n").instances
+    assert at_once.config.plan_lead_ns == 0
+    assert at_once.config.repeat_max > 1
+
+
 def test_the_status_is_that_of_the_weakest_number() -> None:
     groups = "instances:\n  - {profile: h200/vllm-0.22.1%s}\n  - {profile: h200/vllm-0.22.1%s}\n"
     links = "links: {bandwidth: 400Gb/s, latency: 5us}\n"

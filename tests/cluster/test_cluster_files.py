@@ -92,6 +92,8 @@ slo: {ttft: 2s}
         (MINIMAL + "    prefix_caching: 1\n", 4, ["prefix_caching", "boolean"]),
         (MINIMAL + "    name: a b\n", 4, ["instances[0].name", "'a b'", "letters"]),
         (MINIMAL + "    memory_utilization: 1.5\n", 4, ["memory_utilization", "1.5"]),
+        (MINIMAL + "    plan_lead: 2\n", 4, ["plan_lead", "2", "unit"]),
+        (MINIMAL + "    steps_in_flight: 1\n    plan_lead: 2ms\n", 3, ["plan_lead", "steps_in_flight: 1"]),
         (MINIMAL + "    steps_in_flight: 3\n", 4, ["steps_in_flight", "3", "less than or equal to 2"]),
         (MINIMAL + "    max_num_batched_tokens: 16\n", 4, ["max_num_batched_tokens", "16", "max_num_seqs (256)"]),
         (MINIMAL + "    profile: h200/vlm\n", 4, ["instances[0].profile", "'h200/vlm'", "'h200/"]),

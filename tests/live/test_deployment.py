@@ -47,6 +47,16 @@ def test_a_cluster_of_cpus() -> None:
     assert [each.settings.instance.num_blocks for each in deployed.instances] == [256, 256, 128]
 
 
+@pytest.mark.parametrize(("plan_lead", "plan_lead_ns"), [("none", 0), ("3ms", 3_000_000)])
+def test_when_steps_are_planned_is_as_the_file_says(plan_lead: str, plan_lead_ns: int) -> None:
+    text = f"model: Qwen/Qwen2.5-7B\ninstances: [{{device: h200, plan_lead: {plan_lead}}}]\n"
+    cluster = parse_cluster(text, source="late.yaml", name="late")
+    (deployed,) = deploy(cluster).instances
+    (simulated,) = build_cluster(cluster, fast_forward=False).instances
+    assert deployed.settings.instance == simulated.config
+    assert deployed.settings.instance.plan_lead_ns == plan_lead_ns
+
+
 def test_every_instance_has_a_device_of_its_own() -> None:
     cluster = read_cluster("h200x4-pd")
     deployed = deploy(cluster, num_devices={"cuda": 4})

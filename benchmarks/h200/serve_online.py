@@ -4,10 +4,10 @@
 
 Starts `sagellm serve` with Qwen2.5-7B's shape, random weights and the limits of ``serving.yaml``, and sends it
 three loads, one after the other, each ``--runs`` times: the first 600 requests of the Azure conversation trace at 16
-requests/s, the same at 32, and the first 600 of the code trace at 6, which come in bursts. Lengths and arrivals are those that vLLM's
-own runs had (``--conversation``, ``--code``: their CSV files). A short load that is not recorded comes first. At
-the end the server's log is replayed through fresh machines. Prints every run, their median, and vLLM's figures. A
-run takes as long as its load lasts and its last answer takes: about 45, 30 and 110 s.
+requests/s, the same at 32, and the first 600 of the code trace at 6, which come in bursts. Lengths and arrivals are
+those that vLLM's own runs had (``--conversation``, ``--code``: their CSV files). A short load that is not recorded
+comes first. At the end the server's log is replayed through fresh machines. Prints every run, their median, and vLLM's
+figures. A run takes as long as its load lasts and its last answer takes: about 45, 30 and 110 s.
 
     python -m benchmarks.h200.serve_online OUT.json --cluster cpu-toy --limit 20 --runs 1
 

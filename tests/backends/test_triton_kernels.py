@@ -118,6 +118,9 @@ def test_shares_are_even(contexts: list[int], num_programs: int, window: int) ->
         assert share_len == even
         assert counts == needed
     assert ceil(num_tiles / share_len) <= shares.num_shares
+    of_tile = [sequence for sequence, count in enumerate(counts) for _ in range(count)]
+    for first_tile, (first, last) in zip(range(0, num_tiles, share_len), shares.sequences.tolist(), strict=False):
+        assert (first, last) == (of_tile[first_tile], of_tile[min(first_tile + share_len, num_tiles) - 1])
 
 
 @pytest.mark.parametrize("window", [0, 5])

@@ -23,6 +23,7 @@ from backends.cuda.kernels.tile_shapes import LOG2_E, TileShape, head_columns, p
 
 _TILE_KEYS = 64  # that contexts are counted in; a multiple of the keys of any tile
 _PARTS_AT_ONCE = 8
+_SHARES_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class DecodeShares:
     """How the tiles of a step's sequences are shared out."""
 
     starts: torch.Tensor  # [num_seqs + 2] int32: each sequence's first tile, the number of tiles, tiles of a share
+    sequences: torch.Tensor  # [num_shares, 2] int32: the first and the last sequence that a share has tiles of
     num_shares: int  # at most
     has_many: bool  # so many sequences that few of them have parts to be joined
 
@@ -43,10 +45,13 @@ def _first_tile_key(context_len, KEYS: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @KernelLauncher
-@triton.jit(do_not_specialize=["num_seqs", "num_shares"], do_not_specialize_on_alignment=["context_lens"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "num_shares", "num_shares_max"], do_not_specialize_on_alignment=["context_lens"]
+)
 def _share_out(
-    context_lens, starts, num_seqs, num_shares, KEYS: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr
-):
+    context_lens, starts, share_sequences, num_seqs, num_shares, num_shares_max,
+    KEYS: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
     """One program. Where there are about as many sequences as shares, each has shares of its own: most have one."""
     sequences = tl.arange(0, SEQUENCES)
     inside = sequences < num_seqs
@@ -56,21 +61,19 @@ def _share_out(
     if tl.sum((counts > 0).to(tl.int32), axis=0) * 10 >= num_shares * 9:
         share_len = 2 * share_len
         counts = tl.cdiv(counts, share_len) * share_len
-    tl.store(starts + sequences, tl.cumsum(counts, axis=0) - counts, mask=inside)
-    tl.store(starts + num_seqs, tl.sum(counts, axis=0))
+    ends, num_tiles = tl.cumsum(counts, axis=0), tl.sum(counts, axis=0)
+    tl.store(starts + sequences, ends - counts, mask=inside)
+    tl.store(starts + num_seqs, num_tiles)
     tl.store(starts + num_seqs + 1, share_len)
-
-
-@triton.jit
-def _sequence_of_tile(tile, starts, num_seqs):
-    """The last sequence whose tiles begin at or before this one: that has it."""
-    low, high = 0, num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        is_before = tl.load(starts + middle) <= tile
-        low = tl.where(is_before, middle, low)
-        high = tl.where(is_before, high, middle)
-    return low
+    for first_share in range(0, num_shares_max, SHARES):
+        shares = first_share + tl.arange(0, SHARES)
+        first_tiles = shares * share_len
+        last_tiles = tl.minimum(first_tiles + share_len, num_tiles) - 1
+        # A tile is of the sequence that comes after all those that end before it.
+        firsts = tl.sum((ends[None, :] <= first_tiles[:, None]).to(tl.int32), axis=1)
+        lasts = tl.sum((ends[None, :] <= last_tiles[:, None]).to(tl.int32), axis=1)
+        tl.store(share_sequences + 2 * shares, firsts, mask=shares < num_shares_max)
+        tl.store(share_sequences + 2 * shares + 1, lasts, mask=shares < num_shares_max)
 
 
 @KernelLauncher
@@ -80,7 +83,7 @@ def _sequence_of_tile(tile, starts, num_seqs):
 )
 def _decode_attention(
     query, key_cache, value_cache, out, part_results, part_scores, context_lens, block_tables, starts,
-    query_row_stride, out_row_stride,
+    share_sequences, query_row_stride, out_row_stride,
     key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
     table_row_stride, num_seqs, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -99,8 +102,8 @@ def _decode_attention(
     heads = kv_head * GROUP + rows
     key_head = key_cache + kv_head.to(tl.int64) * key_head_stride
     value_head = value_cache + kv_head.to(tl.int64) * value_head_stride
-    first_sequence = _sequence_of_tile(first_tile, starts, num_seqs)
-    last_sequence = _sequence_of_tile(end_tile - 1, starts, num_seqs)
+    first_sequence = tl.load(share_sequences + 2 * share)
+    last_sequence = tl.load(share_sequences + 2 * share + 1)
     for sequence in range(first_sequence, last_sequence + 1):
         row = tl.cast(sequence, tl.int64)
         own_first_tile = tl.load(starts + sequence)
@@ -187,14 +190,16 @@ def share_out(
     """
     num_seqs = context_lens.shape[0]
     num_shares = max(1, num_programs // num_kv_heads)
+    num_shares_max = max(num_shares, num_shares // 2 + num_seqs)
     starts = torch.empty(num_seqs + 2, dtype=torch.int32, device=context_lens.device)
+    sequences = torch.empty(num_shares_max, 2, dtype=torch.int32, device=context_lens.device)
     _share_out(
         (1, 1, 1),
-        (context_lens, starts, num_seqs, num_shares),
-        (_TILE_KEYS, sliding_window, power_of_two_from(num_seqs)),
+        (context_lens, starts, sequences, num_seqs, num_shares, num_shares_max),
+        (_TILE_KEYS, sliding_window, power_of_two_from(num_seqs), _SHARES_AT_ONCE),
     )
     has_many = are_all_there and 10 * num_seqs >= 9 * num_shares
-    return DecodeShares(starts, max(num_shares, num_shares // 2 + num_seqs), has_many)
+    return DecodeShares(starts, sequences, num_shares_max, has_many)
 
 
 def decode_attention(
@@ -226,7 +231,7 @@ def decode_attention(
     strides = (query.stride(0), out.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3])
     _decode_attention(
         (shares.num_shares, num_kv_heads, 1),
-        (*tensors, shares.starts, *strides, block_tables.stride(0), num_seqs, scale * LOG2_E),
+        (*tensors, shares.starts, shares.sequences, *strides, block_tables.stride(0), num_seqs, scale * LOG2_E),
         (num_heads // num_kv_heads, shape.num_rows, shape.num_keys, _TILE_KEYS, block_size, head_dim, columns,
          sliding_window, num_kv_heads),
         num_warps=shape.num_warps,

@@ -36,7 +36,8 @@ class InstanceConfig:
     max_chunk_tokens: int = 0  # of one prompt in one step; 0: as many as the step has room for
     steps_in_flight_max: int = 2
     plan_lead_ns: int = 0
-    """The second step in flight is planned so long before the first is expected to end; 0: as soon as it can be."""
+    """The second step in flight is planned so long, and longer where there are many sequences, before the first is
+    expected to end; 0: as soon as it can be."""
     prefix_caching: bool = True
     eviction: str = "lru"
     watermark_blocks: int = 0  # free blocks kept back when a waiting request is admitted

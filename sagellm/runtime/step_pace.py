@@ -6,25 +6,31 @@ before that end, it leaves the device no more idle, and a request that arrives m
 
 from sagellm.core.plan import StepPlan
 
+_SEQS_FOR_TWICE_THE_LEAD = 512
+
 
 class StepPace:
     """Learns how long steps take, and holds the next one back until so long before the end of the one under way.
+
+    The host takes longer for a step of more sequences, so the lead is half as long again for every 256 of them.
 
     A step without prompts is expected to take as long as the last one did; one with prompts longer by what each of
     their tokens took last, less a tenth. Who ends early leaves the device idle for less than it was early.
     """
 
-    __slots__ = ("_decode_ns", "_ended_ns", "_in_flight", "_lead_ns", "_ns_per_token")
+    __slots__ = ("_decode_ns", "_ended_ns", "_in_flight", "_lead_ns", "_ns_per_token", "_num_seqs")
 
     def __init__(self, lead_ns: int) -> None:
         self._lead_ns = lead_ns
         self._in_flight: list[tuple[int, int]] = []  # prompt tokens and time of launch; two at most
+        self._num_seqs = 0  # of the last one that was launched
         self._ended_ns = 0  # the last one
         self._decode_ns = 0  # 0: not known yet
         self._ns_per_token = 0
 
     def launched(self, plan: StepPlan, now_ns: int) -> None:
         """A step was put behind those in flight."""
+        self._num_seqs = plan.num_seqs
         self._in_flight.append((sum([chunk.num_tokens for chunk in plan.chunks]), now_ns))
 
     def ended(self, now_ns: int) -> None:
@@ -50,4 +56,5 @@ class StepPace:
         if num_tokens and not self._ns_per_token:
             return 0
         expected_ns = self._decode_ns + num_tokens * self._ns_per_token * 9 // 10
-        return max(launched_ns, self._ended_ns) + expected_ns - self._lead_ns
+        lead_ns = self._lead_ns + self._lead_ns * self._num_seqs // _SEQS_FOR_TWICE_THE_LEAD
+        return max(launched_ns, self._ended_ns) + expected_ns - lead_ns

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from sagellm.core.config import InstanceConfig
 from sagellm.core.identity import InstanceId, RequestId
 from sagellm.core.messages import AssignRequest, EmitTokens, RequestFinished, RunStep, StepFailed, StepFinished
+from sagellm.core.plan import StepPlan
 from sagellm.core.request import RequestSpec
 from sagellm.runtime.instance import Instance
+from sagellm.runtime.step_pace import StepPace
 
 INSTANCE = InstanceId("i")
 MS = 1_000_000
@@ -107,6 +109,16 @@ def test_arrivals_wait_less_and_the_device_is_as_busy() -> None:
     # Until there was a step of each kind, nothing is known; from then on every step is there in time.
     assert late.now_ns - late.busy_ns == early.now_ns - early.busy_ns == 0
     assert late.num_finished == early.num_finished == len(arrivals)
+
+
+@pytest.mark.parametrize(("num_seqs", "lead_ms"), [(1, 2.0), (256, 3.0), (512, 4.0)])
+def test_steps_of_many_sequences_are_planned_earlier(num_seqs: int, lead_ms: float) -> None:
+    pace = StepPace(LEAD_NS)
+    plan = StepPlan(tuple(RequestId(str(index)) for index in range(num_seqs)), 1000, (), ())
+    pace.launched(plan, 0)
+    pace.ended(10 * MS)
+    pace.launched(plan, 10 * MS)
+    assert pace.plan_ns() == pytest.approx((20 - lead_ms) * MS, abs=0.01 * MS)
 
 
 @pytest.mark.parametrize(("lead_ns", "repeat_max"), [(-1, 1), (1, 2)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from struct import pack
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -33,11 +33,11 @@ from sagellm.core.messages import (
 )
 from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics, TransferRecord
 
-_LAUNCH_COLUMNS = 6
-_RETURN_COLUMNS = 2
-_EMISSION_COLUMNS = 4
-_PENDING_MAX = 1 << 10  # few enough that they are still in the processor's cache when they are packed
-_UNSETTLED_MAX = 1 << 16
+_LAUNCH_COLUMNS: Final = 6
+_RETURN_COLUMNS: Final = 2
+_EMISSION_COLUMNS: Final = 4
+_PENDING_MAX: Final = 256  # few enough that they are still in the processor's first cache when they are packed
+_UNSETTLED_MAX: Final = 65_536
 
 
 class _Integers:

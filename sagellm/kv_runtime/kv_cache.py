@@ -122,19 +122,12 @@ class KVCache:
         """Append ``count`` blocks to a table, evicting cached ones as needed; the new blocks."""
         assert not blocks.released, "I11 no use after free: grow after release"
         free_ids = self._free_ids
-        if not 0 < count <= len(free_ids):
-            new_ids = self._take(count)
-            blocks.block_ids += new_ids
-            return tuple(new_ids)
-        block_id = free_ids.pop()
-        blocks.block_ids.append(block_id)
-        if count == 1:  # which is what nearly every call asks for
-            return (block_id,)
-        new_ids = [block_id]
-        while len(new_ids) < count:
+        if count == 1 and free_ids:  # which is what most calls ask for
             block_id = free_ids.pop()
             blocks.block_ids.append(block_id)
-            new_ids.append(block_id)
+            return (block_id,)
+        new_ids = self._take(count)
+        blocks.block_ids += new_ids
         return tuple(new_ids)
 
     def publish(self, request: RequestSpec, blocks: RequestBlocks, num_computed_tokens: int) -> None:
@@ -142,6 +135,8 @@ class KVCache:
         if not self.prefix_caching:
             return
         keys = self._table_keys(request, blocks)[: num_computed_tokens // self.block_size]
+        if not keys:
+            return
         if self._cannot_hold_copies(request) and self._index.match(keys).num_blocks > blocks.num_shared:
             return
         self._publish_keys(blocks, keys)

@@ -10,6 +10,7 @@ the oldest always ends and somebody always makes progress.
 """
 
 from collections import deque
+from typing import Final
 
 from sagellm.core.config import InstanceConfig
 from sagellm.core.identity import BlockId, RequestId
@@ -20,7 +21,7 @@ from sagellm.prefix_reuse.radix_index import PrefixMatch
 from sagellm.runtime.decode_group import DecodeGroup
 from sagellm.runtime.local_request import LocalRequest, RequestState
 
-_NO_CHUNKS: tuple[TokenChunk, ...] = ()
+_NO_CHUNKS: Final[tuple[TokenChunk, ...]] = ()
 
 
 class StepScheduler:

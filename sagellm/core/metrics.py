@@ -207,19 +207,20 @@ class MetricsFold:
             self._note_queue_depth(now_ns)
 
     def step_launched(self, now_ns: int, effect: RunStep) -> None:
-        metrics, plan = self.metrics, effect.plan
+        metrics, plan, instance_id = self.metrics, effect.plan, effect.instance_id
         num_prefill_tokens = 0
         for chunk in plan.chunks:
             num_prefill_tokens += chunk.num_tokens
             record = metrics.requests[chunk.request_id]
             if record.prefill_instance is None:
-                record.prefill_instance = effect.instance_id
+                num_computed_tokens = chunk.num_computed_tokens
+                record.prefill_instance = instance_id
                 record.first_scheduled_ns = now_ns
-                record.num_cached_tokens = chunk.num_computed_tokens
+                record.num_cached_tokens = num_computed_tokens
                 metrics.num_prompt_tokens_queried += record.request.num_prompt_tokens
-                metrics.num_prompt_tokens_hit += chunk.num_computed_tokens
+                metrics.num_prompt_tokens_hit += num_computed_tokens
         metrics.num_preemptions += len(plan.preempted_request_ids)
-        self._instance(effect.instance_id).launches.extend(
+        self._instance(instance_id).launches.extend(
             (
                 now_ns,
                 effect.num_running,

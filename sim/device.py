@@ -99,14 +99,12 @@ class _Launched:
         """When the repetitions not yet reported ended, up to and with ``up_to``."""
         base_ns, growth_fs = self.base_ns, self.growth_fs
         end_fs, period_fs = self.reported_end_fs, self.reported_period_fs
-        ends_ns: list[int] = []
-        num_reported = self.num_reported
-        while num_reported < up_to:
-            num_reported += 1
+        ends_ns = [0] * (up_to - self.num_reported)
+        for index in range(len(ends_ns)):
             end_fs += period_fs
             period_fs += growth_fs
-            ends_ns.append(base_ns + (end_fs + _FS_PER_NS - 1) // _FS_PER_NS)
-        self.num_reported = num_reported
+            ends_ns[index] = base_ns + (end_fs + _FS_PER_NS - 1) // _FS_PER_NS
+        self.num_reported += len(ends_ns)
         self.reported_end_fs, self.reported_period_fs = end_fs, period_fs
         return tuple(ends_ns)
 

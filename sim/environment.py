@@ -1,23 +1,21 @@
-"""Calls in the queue of a simpy environment: what happens at a time, and nobody waits for.
+"""Calls beside the events of a simpy environment: what happens at a time, and nobody waits for.
 
 A simulated run is mostly timers that call one function. As simpy events each would carry what a process
-needs to wait for it; a `Call` does not, and goes through the same queue. Processes and events of simpy work
-beside them.
+needs to wait for it, and its place in a heap of tuples; a `Call` does not, and is found by its time alone.
+Processes and events of simpy work beside them, and come first where both are due.
 """
 
 from collections.abc import Callable
-from heapq import heappop, heappush
-from typing import Final
 
 import simpy
 
-_AFTER_EVENTS: Final = 2  # a priority below simpy's own, so that no call is ever compared with an event
-
 
 class Call:
-    """Something that is to happen at a time."""
+    """Something that is to happen at a time; once it has, it may be queued again."""
 
-    __slots__ = ()
+    __slots__ = ("at_ns",)
+
+    at_ns: int  # given by the queue
 
     def happen(self, at_ns: int) -> None:
         """It is that time."""
@@ -39,32 +37,41 @@ class FunctionCall(Call):
 class CallQueue:
     """The calls of one environment. Time is in whole nanoseconds."""
 
-    __slots__ = ("_num_scheduled", "_queue", "environment", "now_ns")
+    __slots__ = ("_calls", "_events", "environment", "now_ns")
 
     def __init__(self) -> None:
         self.environment = simpy.Environment(initial_time=0)
         self.now_ns = 0
-        self._queue: list[tuple[int, int, int, object]] = self.environment._queue  # type: ignore[assignment]
-        self._num_scheduled = 0
+        self._events: list[tuple[int, int, int, simpy.Event]] = self.environment._queue  # type: ignore[assignment]
+        self._calls: list[Call] = []  # the next one last, as most are scheduled for soon
 
     def call_at(self, at_ns: int, call: Call) -> None:
         """Let ``call`` happen at that time, after the calls that were scheduled for it before."""
-        self._num_scheduled += 1
-        heappush(self._queue, (at_ns, _AFTER_EVENTS, self._num_scheduled, call))
+        call.at_ns = at_ns
+        calls = self._calls
+        low, high = 0, len(calls)
+        while low < high:
+            middle = (low + high) >> 1
+            if calls[middle].at_ns > at_ns:
+                low = middle + 1
+            else:
+                high = middle
+        calls.insert(low, call)
 
     def run_instant(self) -> bool:
         """Let everything happen that is due at the next time; False: nothing is left to happen."""
-        queue = self._queue
-        if not queue:
+        calls, events = self._calls, self._events
+        if not calls and not events:
             return False
-        now_ns = queue[0][0]
+        now_ns = calls[-1].at_ns if calls else events[0][0]
+        if events:
+            now_ns = min(now_ns, events[0][0])
         self.now_ns = now_ns
         self.environment._now = now_ns
-        while queue and queue[0][0] == now_ns:
-            due = queue[0][3]
-            if isinstance(due, Call):
-                heappop(queue)
-                due.happen(now_ns)
-            else:
+        while True:
+            if events and events[0][0] == now_ns:
                 self.environment.step()
-        return True
+            elif calls and calls[-1].at_ns == now_ns:
+                calls.pop().happen(now_ns)
+            else:
+                return True

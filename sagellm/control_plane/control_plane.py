@@ -4,7 +4,7 @@ It owns a request while it queues; an instance owns it once assigned, until it s
 ended or moved. So each accepted request has one owner at any time, and exactly one terminal outcome.
 """
 
-from typing import assert_never
+from typing import Final, assert_never
 
 from sagellm.control_plane.accepted_request import AcceptedRequest, Stage
 from sagellm.control_plane.fleet import Fleet
@@ -35,7 +35,7 @@ from sagellm.core.messages import (
 from sagellm.core.randomness import Rng
 from sagellm.core.request import RequestSpec
 
-_EWMA_SHARE = 0.1
+_EWMA_SHARE: Final = 0.1
 """How much the latest prefill counts in the running mean of time per prompt token."""
 
 

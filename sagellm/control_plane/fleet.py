@@ -1,6 +1,7 @@
 """The instances of a cluster, by what they can be asked, and who of them takes a request."""
 
 from collections.abc import Mapping
+from typing import Final
 
 from sagellm.control_plane.instance_view import InstanceView
 from sagellm.control_plane.prefix_directory import PrefixDirectory, routing_keys
@@ -11,7 +12,7 @@ from sagellm.core.messages import InstanceJoined
 from sagellm.core.randomness import Rng
 from sagellm.core.request import RequestSpec
 
-_NO_HITS: Mapping[InstanceId, int] = {}
+_NO_HITS: Final[Mapping[InstanceId, int]] = {}
 PREFIX_ENTRIES_MAX = 1_000_000
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import Any
+from struct import pack
+from typing import Any, Final
 
 import numpy as np
 
@@ -32,30 +33,49 @@ from sagellm.core.messages import (
 )
 from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics, TransferRecord
 
-_LAUNCH_COLUMNS = 6
-_RETURN_COLUMNS = 2
-_PENDING_MAX = 1 << 12  # few enough that they are still in the processor's cache
+_LAUNCH_COLUMNS: Final = 6
+_RETURN_COLUMNS: Final = 2
+_EMISSION_COLUMNS: Final = 4
+_PENDING_MAX: Final = 256  # few enough that they are still in the processor's first cache when they are packed
+_UNSETTLED_MAX: Final = 65_536
 
 
 class _Integers:
-    """A long column of integers: appended to as a list, kept as an array of eight bytes each."""
+    """A long column of integers: appended to as a list, kept packed, eight bytes each.
 
-    __slots__ = ("pending", "settled")
+    What is packed stays where it is: one array that grows would be copied again and again.
+    """
+
+    __slots__ = ("_packed", "pending")
 
     def __init__(self) -> None:
         self.pending: list[int] = []
-        self.settled: array[int] = array("q")
+        self._packed: list[bytes] = []
 
     def extend(self, values: tuple[int, ...]) -> None:
         self.pending.extend(values)
         if len(self.pending) > _PENDING_MAX:
-            self.settle()
+            self._pack()
 
-    def settle(self) -> array[int]:
-        """Move what is pending over to the array, at C speed, and give it."""
-        self.settled.frombytes(_int64s(self.pending).tobytes())
+    def to_array(self) -> array[int]:
+        """All integers so far."""
+        integers = array("q")
+        integers.frombytes(self._to_bytes())
+        return integers
+
+    def take(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """All integers so far; the column is empty then."""
+        taken = np.frombuffer(self._to_bytes(), np.int64)
+        self._packed.clear()
+        return taken
+
+    def _to_bytes(self) -> bytes:
+        self._pack()
+        return b"".join(self._packed)
+
+    def _pack(self) -> None:
+        self._packed.append(pack(f"{len(self.pending)}n", *self.pending))
         self.pending.clear()
-        return self.settled
 
 
 class _Gaps:
@@ -64,47 +84,47 @@ class _Gaps:
     Emissions are kept as they come and turned into gaps many at a time, at C speed.
     """
 
-    __slots__ = ("_ends_ns", "_last_ns", "_num_ends", "_num_first", "_num_requests", "count", "gap_ns")
+    __slots__ = ("_counts", "_emissions", "_ends_ns", "_gaps_ns", "_num_unsettled")
 
     def __init__(self) -> None:
-        self._ends_ns: list[int] = []  # times of the tokens, of one emission after the other
-        self._last_ns: list[int] = []  # of each emission: time of the token before the first
-        self._num_ends: list[int] = []
-        self._num_first: list[int] = []  # requests that have the first gap
-        self._num_requests: list[int] = []  # that have the other gaps
-        self.gap_ns: array[int] = array("q")
-        self.count: array[int] = array("q")
+        self._ends_ns = _Integers()  # times of the tokens, of one emission after the other
+        # A row for each emission: the time of the token before its first, how many tokens a request gets, how many
+        # requests have the first gap, and how many the others.
+        self._emissions = _Integers()
+        self._num_unsettled = 0  # tokens in them
+        self._gaps_ns: list[bytes] = []
+        self._counts: list[bytes] = []
 
     def add(self, last_ns: int, ends_ns: tuple[int, ...], num_first: int, num_requests: int) -> None:
+        num_ends = len(ends_ns)
         self._ends_ns.extend(ends_ns)
-        self._last_ns.append(last_ns)
-        self._num_ends.append(len(ends_ns))
-        self._num_first.append(num_first)
-        self._num_requests.append(num_requests)
-        if len(self._ends_ns) > _PENDING_MAX:
-            self.settle()
+        self._emissions.extend((last_ns, num_ends, num_first, num_requests))
+        self._num_unsettled += num_ends
+        if self._num_unsettled > _UNSETTLED_MAX:
+            self._settle()
 
-    def settle(self) -> None:
-        """Work out the gaps of what is pending."""
-        if not self._ends_ns:
-            return
-        lengths = _int64s(self._num_ends)
+    def result(self) -> tuple[array[int], array[int]]:
+        """The gaps so far in nanoseconds, and how many requests saw each."""
+        self._settle()
+        gap_ns, count = array("q"), array("q")
+        gap_ns.frombytes(b"".join(self._gaps_ns))
+        count.frombytes(b"".join(self._counts))
+        return gap_ns, count
+
+    def _settle(self) -> None:
+        """Work out the gaps of what is not settled."""
+        ends = self._ends_ns.take()
+        rows = self._emissions.take().reshape(-1, _EMISSION_COLUMNS)
+        last, lengths, num_first, num_requests = rows.T
         firsts = np.cumsum(lengths) - lengths
-        ends = _int64s(self._ends_ns)
-        before = np.empty_like(ends)
-        before[1:] = ends[:-1]
-        before[firsts] = _int64s(self._last_ns)
-        counts = np.repeat(_int64s(self._num_requests), lengths)
-        counts[firsts] = _int64s(self._num_first)
+        gaps = np.diff(ends, prepend=0)
+        gaps[firsts] = ends[firsts] - last
+        counts = np.repeat(num_requests, lengths)
+        counts[firsts] = num_first
         is_seen = counts > 0
-        self.gap_ns.frombytes((ends - before)[is_seen].tobytes())
-        self.count.frombytes(counts[is_seen].tobytes())
-        for pending in (self._ends_ns, self._last_ns, self._num_ends, self._num_first, self._num_requests):
-            pending.clear()
-
-
-def _int64s(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.fromiter(values, np.int64, len(values))
+        self._gaps_ns.append(gaps[is_seen].tobytes())
+        self._counts.append(counts[is_seen].tobytes())
+        self._num_unsettled = 0
 
 
 class _InstanceFold:
@@ -187,19 +207,20 @@ class MetricsFold:
             self._note_queue_depth(now_ns)
 
     def step_launched(self, now_ns: int, effect: RunStep) -> None:
-        metrics, plan = self.metrics, effect.plan
+        metrics, plan, instance_id = self.metrics, effect.plan, effect.instance_id
         num_prefill_tokens = 0
         for chunk in plan.chunks:
             num_prefill_tokens += chunk.num_tokens
             record = metrics.requests[chunk.request_id]
             if record.prefill_instance is None:
-                record.prefill_instance = effect.instance_id
+                num_computed_tokens = chunk.num_computed_tokens
+                record.prefill_instance = instance_id
                 record.first_scheduled_ns = now_ns
-                record.num_cached_tokens = chunk.num_computed_tokens
+                record.num_cached_tokens = num_computed_tokens
                 metrics.num_prompt_tokens_queried += record.request.num_prompt_tokens
-                metrics.num_prompt_tokens_hit += chunk.num_computed_tokens
+                metrics.num_prompt_tokens_hit += num_computed_tokens
         metrics.num_preemptions += len(plan.preempted_request_ids)
-        self._instance(effect.instance_id).launches.extend(
+        self._instance(instance_id).launches.extend(
             (
                 now_ns,
                 effect.num_running,
@@ -235,17 +256,17 @@ class MetricsFold:
 
     def result(self) -> RunMetrics:
         """The metrics so far, with the timelines in columns."""
-        self._gaps.settle()
-        self.metrics.itl_ns, self.metrics.itl_count = self._gaps.gap_ns, self._gaps.count
-        self.metrics.queue_time_ns, self.metrics.queue_depth = self._queue_time_ns.settle(), self._queue_depth.settle()
+        metrics = self.metrics
+        metrics.itl_ns, metrics.itl_count = self._gaps.result()
+        metrics.queue_time_ns, metrics.queue_depth = self._queue_time_ns.to_array(), self._queue_depth.to_array()
         for instance_id, instance in self._instances.items():
-            rows, ends = instance.launches.settle(), instance.returns.settle()
+            rows, ends = instance.launches.to_array(), instance.returns.to_array()
             if not rows:
                 continue
             launched = (rows[i::_LAUNCH_COLUMNS] for i in range(_LAUNCH_COLUMNS))
             returned = (ends[i::_RETURN_COLUMNS] for i in range(_RETURN_COLUMNS))
-            self.metrics.timelines[instance_id] = InstanceTimeline(*launched, *returned)
-        return self.metrics
+            metrics.timelines[instance_id] = InstanceTimeline(*launched, *returned)
+        return metrics
 
     def emitted(self, now_ns: int, effect: EmitTokens) -> None:
         instance_id, request_ids, ends_ns = effect.instance_id, effect.request_ids, effect.ends_ns

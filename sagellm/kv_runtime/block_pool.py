@@ -40,13 +40,15 @@ class BlockPool:
         if len(free_ids) < count:
             self._list_more(count - len(free_ids))
         assert 0 < count <= len(free_ids), f"take: {count} blocks asked for, {len(free_ids)} are free"
-        taken = free_ids[: -count - 1 : -1]
+        taken = free_ids[-count:]
         del free_ids[-count:]
+        taken.reverse()
         return taken
 
-    def give_back(self, block_ids: Sequence[BlockId]) -> None:
-        """Make taken blocks free again."""
-        self.free_ids += block_ids[::-1]
+    def give_back(self, block_ids: list[BlockId]) -> None:
+        """Make taken blocks free again. The list becomes the pool's: its order is no longer what it was."""
+        block_ids.reverse()
+        self.free_ids.extend(block_ids)
 
     def list_free(self) -> list[BlockId]:
         """All free ids, for checks; costs time in proportion to the pool."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from sagellm.core.identity import BlockId
 from sagellm.core.request import RequestSpec
@@ -121,27 +122,30 @@ class KVCache:
     def grow(self, blocks: RequestBlocks, count: int) -> tuple[BlockId, ...]:
         """Append ``count`` blocks to a table, evicting cached ones as needed; the new blocks."""
         assert not blocks.released, "I11 no use after free: grow after release"
-        free_ids = self._free_ids
+        # Any: compiled code would unpack each id to a number, and pack it again into another object.
+        free_ids: list[Any] = self._free_ids
         if not 0 < count <= len(free_ids):
             new_ids = self._take(count)
             blocks.block_ids += new_ids
             return tuple(new_ids)
         block_id = free_ids.pop()
         blocks.block_ids.append(block_id)
-        if count == 1:  # which is what nearly every call asks for
+        if count == 1:  # which is what most calls ask for
             return (block_id,)
-        new_ids = [block_id]
-        while len(new_ids) < count:
+        popped = [block_id]
+        while len(popped) < count:
             block_id = free_ids.pop()
             blocks.block_ids.append(block_id)
-            new_ids.append(block_id)
-        return tuple(new_ids)
+            popped.append(block_id)
+        return tuple(popped)
 
     def publish(self, request: RequestSpec, blocks: RequestBlocks, num_computed_tokens: int) -> None:
         """Let other requests use the full blocks of the prompt, as far as they have been computed."""
         if not self.prefix_caching:
             return
         keys = self._table_keys(request, blocks)[: num_computed_tokens // self.block_size]
+        if not keys:
+            return
         if self._cannot_hold_copies(request) and self._index.match(keys).num_blocks > blocks.num_shared:
             return
         self._publish_keys(blocks, keys)

@@ -49,7 +49,7 @@ class Instance:
     """The scheduler of one model replica. See ``docs/invariants.md`` for what it keeps."""
 
     def __init__(self, config: InstanceConfig) -> None:
-        self.config = config
+        self.config, self._instance_id = config, config.instance_id
         self._scheduler = StepScheduler(config)
         self._sender = KVSender(config)
         self._requests: dict[RequestId, LocalRequest] = {}
@@ -146,7 +146,7 @@ class Instance:
         if token_ids is not None:
             token_ids, stopped = take_tokens(self._requests, request_ids, token_ids)
         if request_ids:
-            effects.append(EmitTokens(self.config.instance_id, step.step_id, request_ids, returned.ends_ns, token_ids))
+            effects.append(EmitTokens(self._instance_id, step.step_id, request_ids, returned.ends_ns, token_ids))
         for chunk in step.chunks:
             if not step.muted or chunk.request_id not in step.muted:
                 self._chunk_returned(self._requests[chunk.request_id], chunk, effects)
@@ -158,13 +158,13 @@ class Instance:
 
     def _chunk_returned(self, request: LocalRequest, chunk: TokenChunk, effects: list[InstanceEffect]) -> None:
         request.num_returned_tokens = chunk.num_computed_tokens + chunk.num_tokens
-        if self.config.prefix_caching and request.blocks is not None:
+        if request.blocks is not None:
             self._scheduler.kv.publish(request.spec, request.blocks, request.num_returned_tokens)
         if not chunk.samples:
             return
         if not request.prefill_announced:
             request.prefill_announced = True
-            effects.append(PrefillFinished(request.request_id, self.config.instance_id))
+            effects.append(PrefillFinished(request.request_id, self._instance_id))
         if request.state is RequestState.PREFILLED:
             self._scheduler.remove(request)
             request.num_output_tokens += 1
@@ -185,7 +185,7 @@ class Instance:
         if request.output_token_ids is not None:
             num_output_tokens = len(request.output_token_ids)
         self._forget(request, effects, keep_output=keep_output)
-        effects.append(RequestFinished(request.request_id, self.config.instance_id, reason, num_output_tokens))
+        effects.append(RequestFinished(request.request_id, self._instance_id, reason, num_output_tokens))
 
     def _forget(self, request: LocalRequest, effects: list[InstanceEffect], *, keep_output: bool = False) -> None:
         """Take the request out of everything, and its blocks back as soon as nothing can touch them."""
@@ -272,7 +272,7 @@ class Instance:
         repeat_max, ends_quietly = (1, False) if is_unsettled else scheduler.repetition(plan.chunks)
         step_id = self._steps.launch(plan, repeat_max, self._now_ns, ends_quietly=ends_quietly)
         return RunStep(
-            instance_id=self.config.instance_id,
+            instance_id=self._instance_id,
             step_id=step_id,
             plan=plan,
             repeat_max=repeat_max,

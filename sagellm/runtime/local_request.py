@@ -1,7 +1,7 @@
 """A request as the instance that serves it keeps it."""
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sagellm.core.request import RequestSpec
 
@@ -25,7 +25,7 @@ class RequestState(StrEnum):
 IN_STEPS = (RequestState.PREFILLING, RequestState.DECODING, RequestState.DRAINING, RequestState.PREFILLED)
 """What a request can be while steps in flight work on it."""
 
-REQUEST_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+REQUEST_TRANSITIONS: Final[dict[RequestState, frozenset[RequestState]]] = {
     RequestState.WAITING: frozenset({RequestState.PREFILLING, RequestState.ENDED}),
     RequestState.PREFILLING: frozenset(
         {

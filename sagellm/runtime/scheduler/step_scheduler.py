@@ -10,6 +10,7 @@ the oldest always ends and somebody always makes progress.
 """
 
 from collections import deque
+from typing import Final
 
 from sagellm.core.config import InstanceConfig
 from sagellm.core.identity import BlockId, RequestId
@@ -20,7 +21,7 @@ from sagellm.prefix_reuse.radix_index import PrefixMatch
 from sagellm.runtime.decode_group import DecodeGroup
 from sagellm.runtime.local_request import LocalRequest, RequestState
 
-_NO_CHUNKS: tuple[TokenChunk, ...] = ()
+_NO_CHUNKS: Final[tuple[TokenChunk, ...]] = ()
 
 
 class StepScheduler:
@@ -31,7 +32,11 @@ class StepScheduler:
     """
 
     def __init__(self, config: InstanceConfig) -> None:
-        self.config = config
+        self._max_num_seqs = config.max_num_seqs
+        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._watermark_blocks = config.watermark_blocks
+        self._repeat_max = config.repeat_max
+        self._steps_in_flight_max = config.steps_in_flight_max
         self._num_chunks_max = config.max_num_chunks or config.max_num_seqs
         self._chunk_tokens_max = config.max_chunk_tokens or config.max_num_batched_tokens
         self.kv = KVCache(config.num_blocks, config.block_size, config.prefix_caching, config.eviction)
@@ -72,7 +77,7 @@ class StepScheduler:
         """
         first = self.planned_clock + 1
         self.planned_clock += num_executions
-        block_size = self.config.block_size
+        block_size = self.kv.block_size
         by_growth = self.decodes.by_growth
         for clock in range(first, first + min(num_executions, block_size)):
             growing = by_growth[clock % block_size]
@@ -151,7 +156,7 @@ class StepScheduler:
 
         Gives it, the request, and how many of its blocks are already here in the prefix cache.
         """
-        if not self.reservations or self.num_running >= self.config.max_num_seqs:
+        if not self.reservations or self.num_running >= self._max_num_seqs:
             return None
         reservation = self.reservations[0]
         spec = reservation.request
@@ -170,7 +175,7 @@ class StepScheduler:
 
     def admit_staying(self) -> None:
         """Prefilled requests that no decode instance takes decode here, as places become free."""
-        while self.staying and self.num_running < self.config.max_num_seqs:
+        while self.staying and self.num_running < self._max_num_seqs:
             request = self.staying.popleft()
             self.join_decodes(request, base_computed=request.prefill_target, base_output=request.num_output_tokens)
 
@@ -181,7 +186,7 @@ class StepScheduler:
     def _has_room(self, match: PrefixMatch | None, num_tokens: int) -> bool:
         # An instance on which nobody holds a block takes any request that fits at all: the control
         # plane rejected those that never fit.
-        watermark = self.config.watermark_blocks if self.kv.num_in_use else 0
+        watermark = self._watermark_blocks if self.kv.num_in_use else 0
         return self.kv.can_admit(match, num_tokens, watermark)
 
     # --- the plan -------------------------------------------------------------------------------
@@ -200,7 +205,7 @@ class StepScheduler:
         self.commit(1)
         chunks: list[TokenChunk] = []
         if self.prefilling or self.waiting:
-            budget = self.config.max_num_batched_tokens - len(decode_ids)
+            budget = self._max_num_batched_tokens - len(decode_ids)
             if self.prefilling:
                 budget = self._continue_prefills(chunks, budget)
             if self.waiting and not preempts:
@@ -228,8 +233,8 @@ class StepScheduler:
 
         It ends quietly where the step that is due while its last execution runs decodes those that are left.
         """
-        config, decodes = self.config, self.decodes
-        if chunks or self.prefilling or config.repeat_max == 1:
+        decodes = self.decodes
+        if chunks or self.prefilling or self._repeat_max == 1:
             return 1, False
         if self.draining and self.draining[-1].finish_clock == self.planned_clock:
             return 1, False
@@ -240,7 +245,7 @@ class StepScheduler:
         next_finish_clock = decodes.next_finish_clock()
         assert next_finish_clock is not None
         num_to_finish = next_finish_clock - self.planned_clock + 1
-        repeats = min(num_to_finish, config.repeat_max)
+        repeats = min(num_to_finish, self._repeat_max)
         if repeats <= 1:
             return 1, False
         # Blocks on their way back come free between repetitions: growing must not evict what they would save.
@@ -250,7 +255,7 @@ class StepScheduler:
             return num_with_room, False
         # A prefilled request that comes back may stay here and want a place.
         is_quiet = repeats == num_to_finish and not somebody_waits and self.num_unreturned == len(self.draining)
-        is_quiet = is_quiet and config.steps_in_flight_max > 1
+        is_quiet = is_quiet and self._steps_in_flight_max > 1
         return repeats, is_quiet and not decodes.num_stoppable and decodes.goes_on_after(next_finish_clock)
 
     def _drain_fully_planned(self) -> None:
@@ -291,7 +296,7 @@ class StepScheduler:
 
     def _admit_waiting(self, chunks: list[TokenChunk], budget: int) -> None:
         # Every request that prefills has its chunk here already, unless the budget is spent.
-        num_free_seqs = min(self.config.max_num_seqs - self.num_running, self._num_chunks_max - len(chunks))
+        num_free_seqs = min(self._max_num_seqs - self.num_running, self._num_chunks_max - len(chunks))
         while self.waiting and budget > 0 and num_free_seqs > 0:
             request = self.waiting[0]
             match = self.kv.match(request.spec)
@@ -302,7 +307,7 @@ class StepScheduler:
             self._admitted(request)
             blocks = self.kv.admit(request.spec, match, request.prefill_target)
             request.blocks = blocks
-            request.num_computed_tokens = blocks.num_shared * self.config.block_size
+            request.num_computed_tokens = blocks.num_shared * self.kv.block_size
             request.num_returned_tokens = request.num_computed_tokens
             request.move(RequestState.PREFILLING)
             self.prefilling[request.request_id] = request
@@ -311,7 +316,7 @@ class StepScheduler:
 
     def _add_chunk(self, chunks: list[TokenChunk], request: LocalRequest, budget: int) -> int:
         num_computed = request.num_computed_tokens
-        num_tokens = min(request.prefill_target - num_computed, budget, self._chunk_tokens_max)
+        num_tokens = min(request.prefill_target - num_computed, min(budget, self._chunk_tokens_max))
         request.num_computed_tokens = num_computed + num_tokens
         samples = request.num_computed_tokens == request.prefill_target
         chunks.append(TokenChunk(request.request_id, num_tokens, num_computed, samples))
@@ -339,6 +344,6 @@ class StepScheduler:
     def check(self) -> None:
         """Assert what must always hold of the queues and blocks (invariants I1, I2, I6)."""
         self.kv.check()
-        assert self.num_running <= self.config.max_num_seqs, "I6: more running than max_num_seqs"
+        assert self.num_running <= self._max_num_seqs, "I6: more running than max_num_seqs"
         for request in self.waiting:
             assert request.blocks is None, f"I1: {request.request_id} waits and holds blocks"

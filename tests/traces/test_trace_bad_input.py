@@ -65,6 +65,7 @@ CASES = {
     "too few values": (AZURE + f"{NOON},5,6\n{NOON},5\n", ["line 3", "2 values", "must have 3"]),
     "too many values": (AZURE + f"{NOON},5,6,7\n", ["line 2", "4 values", "must have 3"]),
     "open quotation": (PLAIN + '0,"5,6\n', ["line 2", "quotation"]),
+    "quotation in the header": (AZURE.replace("TIMESTAMP", 'TIMESTAMP"') + f"{NOON},5,6\n", ["TIMESTAMP"]),
     "header only": (AZURE, ["no request"]),
     "all failures": (BURST + "1,G,5,0,5,A\n", ["line 2", "Response tokens", "all rows are failures"]),
     "response to nothing": (BURST + "1,G,0,5,5,A\n", ["line 2", "Request tokens"]),

@@ -83,9 +83,13 @@ def parse_csv(path: str, text: str) -> CsvTable:
 
 
 def header_of(text: str) -> tuple[str, ...]:
-    """The names in the first line, of a text that does not begin with an empty one."""
-    first_line = text[: text.find("\n")] if "\n" in text else text
-    return tuple(name.strip().strip('"') for name in first_line.split(","))
+    """The names in the first line, of a text that does not begin with an empty one; as `parse_csv` reads them."""
+    first_line = (text[: text.find("\n")] if "\n" in text else text).splitlines()[0]
+    try:
+        names = next(csv.reader([first_line], strict=True), [])
+    except csv.Error:  # to be told by `parse_csv`, if that is what the file is
+        names = first_line.split(",")
+    return tuple(name.strip() for name in names)
 
 
 def _rows(path: str, lines: list[str], numbers: Sequence[int]) -> list[list[str]]:

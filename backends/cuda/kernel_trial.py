@@ -10,7 +10,7 @@ def why_it_fails(run: Callable[[], object]) -> str:
     except Exception as error:
         # Triton wants a C compiler, Python's headers and an assembler, and misses each in a way of its own; what it
         # calls experimental may be missing, or be called otherwise, in another version.
-        if "out of memory" in str(error):
-            raise
-        return (str(error).strip().splitlines() or [repr(error)])[0]
+        if "out of memory" not in str(error):
+            return (str(error).strip().splitlines() or [repr(error)])[0]
+        raise
     return ""

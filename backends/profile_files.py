@@ -163,6 +163,7 @@ class _FittedFile(_Part):
     memory: _Memory
     request_overhead_ns: int = Field(ge=0)
     steps_in_flight_max: Literal[1, 2] = 2
+    plan_lead_ns: Annotated[int, Field(ge=0)] = 0
 
 
 _ProfileFile = Annotated[_AnalyticFile | _FittedFile, Field(discriminator="kind")]
@@ -254,6 +255,7 @@ def _fitted(parsed: _FittedFile) -> FittedProfile:
         memory=EngineMemory(**parsed.memory.model_dump()),
         request_overhead_ns=parsed.request_overhead_ns,
         steps_in_flight_max=parsed.steps_in_flight_max,
+        plan_lead_ns=parsed.plan_lead_ns,
     )
 
 

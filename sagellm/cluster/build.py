@@ -6,7 +6,7 @@ from backends.profile_files import load_profile
 from sagellm.cluster.description import ClusterDescription, CustomLink, InstanceGroup
 from sagellm.core.config import ControlPlaneConfig, InstanceConfig, Role
 from sagellm.core.identity import InstanceId
-from sagellm.cost_model.factory import make_step_cost_model, steps_in_flight_max
+from sagellm.cost_model.factory import make_step_cost_model, plan_lead_ns, steps_in_flight_max
 from sagellm.cost_model.kv_capacity import kv_capacity_tokens
 from sagellm.cost_model.link import Link, link_named
 from sagellm.cost_model.profile import Profile
@@ -125,6 +125,7 @@ def _instance_config(
         prefix_caching=group.prefix_caching,
         eviction=group.eviction,
     )
-    if group.plan_lead_ns:
-        return replace(config, repeat_max=1, plan_lead_ns=group.plan_lead_ns)
-    return config if fast_forward else replace(config, repeat_max=1)
+    lead_ns = plan_lead_ns(profile) if group.plan_lead_ns is None else group.plan_lead_ns
+    if fast_forward and not lead_ns:
+        return config
+    return replace(config, repeat_max=1, plan_lead_ns=lead_ns)

@@ -30,7 +30,7 @@ class InstanceGroup:
     prefix_caching: bool = True
     eviction: str = "lru"
     steps_in_flight: int | None = None  # 1: synchronous scheduling, 2: asynchronous; None: as the profile's engine
-    plan_lead_ns: int | None = None  # see `InstanceConfig`; None: 0 in simulation, as the device wants it when deployed
+    plan_lead_ns: int | None = None  # see `InstanceConfig`; None: as the profile's engine, or the device deployed to
     kv_tokens: int | None = None  # of one instance; None: what the device's memory leaves
     memory_utilization: float | None = None  # share of the device's memory to use; None: as the profile's engine
 

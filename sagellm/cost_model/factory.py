@@ -34,6 +34,11 @@ def describe_profile(profile: Profile, model: ModelShape, tp: int = 1) -> str:
     )
 
 
+def plan_lead_ns(profile: Profile) -> int:
+    """How long before the end of a step the profile's engine plans the next one; 0: as soon as it can."""
+    return profile.plan_lead_ns if isinstance(profile, FittedProfile) else 0
+
+
 def steps_in_flight_max(profile: Profile) -> int:
     """How many steps the profile's engine keeps in flight; 2 with asynchronous scheduling."""
     return profile.host.steps_in_flight_max if isinstance(profile, AnalyticProfile) else profile.steps_in_flight_max

@@ -134,6 +134,7 @@ class FittedProfile:
     memory: EngineMemory
     request_overhead_ns: int
     steps_in_flight_max: int = 2
+    plan_lead_ns: int = 0  # how long before a step's end the engine plans the next one; 0: at once
 
     def is_for(self, model: ModelShape, tp: int) -> bool:
         """Whether this was fitted to a model of that shape on so many devices."""

@@ -27,7 +27,9 @@ class Measurement:
     notes: tuple[str, ...] = ()
 
 
-def measured_profile(measurement: Measurement, table: StepPriceTable, request_overhead_ns: int) -> FittedProfile:
+def measured_profile(
+    measurement: Measurement, table: StepPriceTable, request_overhead_ns: int, plan_lead_ns: int = 0
+) -> FittedProfile:
     """Raises ValueError where the model or the device profile is not known."""
     device = load_profile(measurement.device_profile)
     return FittedProfile(
@@ -47,6 +49,7 @@ def measured_profile(measurement: Measurement, table: StepPriceTable, request_ov
         table=table,
         memory=EngineMemory(device.memory.memory_utilisation, device.memory.activation_bytes),
         request_overhead_ns=request_overhead_ns,
+        plan_lead_ns=plan_lead_ns,
     )
 
 

@@ -34,6 +34,7 @@ def profile_json(profile: AnalyticProfile | FittedProfile) -> dict[str, Json]:
         "memory": asdict(profile.memory),
         "request_overhead_ns": profile.request_overhead_ns,
         "steps_in_flight_max": profile.steps_in_flight_max,
+        "plan_lead_ns": profile.plan_lead_ns,
     }
 
 

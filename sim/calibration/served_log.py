@@ -56,6 +56,16 @@ def read_replays(path: Path) -> dict[str, LoggedReplay]:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give the log of a server") from error
 
 
+def plan_lead_ns_of(path: Path) -> int:
+    """How long before the end of a step the log's instances planned the next one; the longest, where they differ."""
+    try:
+        with path.open("rb") as lines:
+            header, _ = read_log(lines, str(path))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give the log of a server") from error
+    return max((instance.plan_lead_ns for instance in header.instances), default=0)
+
+
 def replays_of(records: Iterable[HandledEvent | Polled]) -> dict[str, LoggedReplay]:
     """The same of records."""
     reader = _Reader()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sim.calibration.measured_profile import Measurement, measured_profile
 from sim.calibration.profile_writer import write_profile
-from sim.calibration.served_log import read_replays
+from sim.calibration.served_log import plan_lead_ns_of, read_replays
 from sim.calibration.serving_fit import ServedReplay, ServingFit, fit_serving, read_client_ttft_ms
 from sim.calibration.table_fit import errors_text
 
@@ -59,7 +59,8 @@ def _fit_serving(options: argparse.Namespace) -> None:
     fit = fit_serving([ServedReplay(logged, ttft_ms) for logged, ttft_ms in zip(replays, clients, strict=True)])
     device_profile = options.device_profile or f"{options.backend}/spec"
     measurement = serving_measurement(options.model, options.backend, device_profile, options.num_threads, fit)
-    write_profile(measured_profile(measurement, fit.table, round(fit.request_us * 1e3)), options.out)
+    request_ns, lead_ns = round(fit.request_us * 1e3), plan_lead_ns_of(options.log)
+    write_profile(measured_profile(measurement, fit.table, request_ns, lead_ns), options.out)
     for errors in fit.errors:
         print(
             f"{errors.kind:<8}{errors.num_steps:>7} steps, price against time: median {errors.median:+.1%}, "

@@ -57,12 +57,15 @@ def client_ttft_ms(metrics: RunMetrics) -> dict[int, float]:
     return {int(i): record.ttft_ns / 1e6 for i, record in metrics.requests.items() if record.ttft_ns is not None}
 
 
-def test_a_server_is_predicted_from_its_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan_lead_ns", [0, 3_000_000])
+def test_a_server_is_predicted_from_its_log(tmp_path: Path, plan_lead_ns: int) -> None:
     table, base = times_ten(TRUTH), load_profile("cpu/spec")
     path, log, out = tmp_path / "planted.json", tmp_path / "log.jsonl", tmp_path / "fitted.json"
     profile = FittedProfile(base.header, base.device, load_model("sagellm/toy"), 1, table, base.memory, 0)
     write_profile(profile, path)
-    group = InstanceGroup(str(path), max_num_seqs=8, max_num_batched_tokens=128, kv_tokens=8192)
+    group = InstanceGroup(
+        str(path), max_num_seqs=8, max_num_batched_tokens=128, kv_tokens=8192, plan_lead_ns=plan_lead_ns
+    )
     cluster, unseen = ClusterDescription("planted", "sagellm/toy", (group,)), some_trace(2, 40)
     with planted_server(cluster, table, log) as url:
         calibration = replay_on_server(LoadSettings(Endpoint(url), nonce="seen"), some_trace(1, 50))
@@ -80,9 +83,11 @@ def test_a_server_is_predicted_from_its_log(tmp_path: Path) -> None:
     assert written.header.status == "measured"
     both = [ServedReplay(logged["seen"], client_ttft_ms(calibration.metrics))]
     both.append(ServedReplay(logged["unseen"], client_ttft_ms(served.metrics)))
-    assert written.table == fit_serving(both).table
-    write_profile(replace(profile, table=fit.table, request_overhead_ns=round(fit.request_us * 1e3)), out)
-    fitted = replace(cluster, instances=(replace(group, profile=str(out)),))
+    assert (written.table, written.plan_lead_ns) == (fit_serving(both).table, plan_lead_ns)
+    request_ns = round(fit.request_us * 1e3)
+    write_profile(replace(profile, table=fit.table, request_overhead_ns=request_ns, plan_lead_ns=plan_lead_ns), out)
+    fitted = replace(cluster, instances=(replace(group, profile=str(out), plan_lead_ns=None),))
+    assert [each.config.plan_lead_ns for each in build_cluster(fitted).instances] == [plan_lead_ns]
     simulated = summarise(replay(sim_cluster(build_cluster(fitted)), unseen).metrics, {})
     measured = summarise(served.metrics, {})
     for name in ("ttft", "tpot", "e2el"):

@@ -82,7 +82,9 @@ def deploy(
                 "give tp: 1, or simulate this cluster with `sagellm replay`"
             )
         index = _next_device(own_backend, num_taken, num_devices or {}, instance_id)
-        plan_lead_ns = _plan_lead_ns(own_backend) if group.plan_lead_ns is None else group.plan_lead_ns
+        plan_lead_ns = each.config.plan_lead_ns
+        if not plan_lead_ns and group.plan_lead_ns is None:
+            plan_lead_ns = _plan_lead_ns(own_backend)
         settings = ExecutorSettings(
             instance=replace(each.config, repeat_max=1, plan_lead_ns=plan_lead_ns),
             model=cluster.model,

@@ -43,7 +43,6 @@ class DecodeGraphs:
         self._num_positions = num_positions
         self._draw_tokens = backend.token_drawing()
         self._device = backend.torch_device(device_index)
-        self._maker: _DecodeMaker | None = None  # graphs know where its inputs are, and do not keep them there
         self.graphs: GraphSet[CapturedStep] = GraphSet("decode", "sequences", backend, device_index)
 
     def __len__(self) -> int:
@@ -56,17 +55,9 @@ class DecodeGraphs:
         def make_maker() -> "_DecodeMaker":
             block_size, spare_slot = self._kv.tensors.block_size, self._kv.spare_slot
             inputs = CapturedInputs(sizes[-1], self._num_positions, block_size, spare_slot, self._device)
-            self._maker = _DecodeMaker(self._program, self._kv, inputs, self._draw_tokens)
-            return self._maker
+            return _DecodeMaker(self._program, self._kv, inputs, self._draw_tokens)
 
         self.graphs.capture(sizes, make_maker, terminal)
-        if not self.graphs:
-            self._maker = None
-
-    def give_up(self, reason: str) -> None:
-        """See `GraphSet`."""
-        self._maker = None
-        self.graphs.give_up(reason)
 
     def step_for(self, num_seqs: int, context_len_max: int) -> CapturedStep | None:
         """The captured step that so many decodes fit into; None where they are to be launched one by one."""

@@ -47,6 +47,7 @@ class GraphSet(Generic[_Step]):
         self._backend = backend
         self._device_index = device_index
         self._steps: dict[int, _Step] = {}
+        self._maker: StepMaker[_Step] | None = None  # graphs know where its inputs are, and do not keep them there
         self._sizes: tuple[int, ...] = ()
         self._failure = ""  # why not all sizes are captured
         self._size_failed = 0
@@ -66,7 +67,7 @@ class GraphSet(Generic[_Step]):
         progress = CountProgress(terminal, f"{self._device_name()} {self._kind} graphs", len(sizes))
         try:
             with compiler_errors():
-                maker = make_maker()
+                self._maker = maker = make_maker()
                 for size in reversed(sizes):
                     maker.fill_up(size)
                     maker.run(size)
@@ -87,6 +88,8 @@ class GraphSet(Generic[_Step]):
                 self._steps.clear()
             self._size_failed = next(size for size in reversed(sizes) if size not in self._steps)
         self._sizes = tuple(sorted(self._steps))
+        if not self._steps:
+            self._maker = None
         self.memory_bytes = max(0, self._reserved_bytes() - begin_bytes)
         self.capture_s = progress.end(f", {self.memory_bytes / _GIB:.2f} GiB")
 
@@ -95,6 +98,7 @@ class GraphSet(Generic[_Step]):
         if self._steps:
             self._failure, self._size_failed = reason, max(self._steps)
         self._steps.clear()
+        self._maker = None
         self._sizes, self.memory_bytes = (), 0
         self._reserved_bytes()  # the allocator gives back what nobody holds any more
 

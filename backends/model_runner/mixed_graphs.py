@@ -112,7 +112,6 @@ class MixedGraphs:
         self._kv = kv
         self._num_positions = num_positions
         self._device = backend.torch_device(device_index)
-        self._maker: _MixedMaker | None = None  # graphs know where its inputs are, and do not keep them there
         self.graphs: GraphSet[CapturedMixedStep] = GraphSet("mixed", "tokens", backend, device_index)
 
     def capture(self, num_tokens_max: int, num_seqs_max: int, terminal: TextIO) -> None:
@@ -125,17 +124,9 @@ class MixedGraphs:
         def make_maker() -> "_MixedMaker":
             block_size, spare_slot = self._kv.tensors.block_size, self._kv.spare_slot
             inputs = MixedInputs(sizes[-1], num_seqs_max, self._num_positions, block_size, spare_slot, self._device)
-            self._maker = _MixedMaker(program, self._kv, inputs)
-            return self._maker
+            return _MixedMaker(program, self._kv, inputs)
 
         self.graphs.capture(sizes, make_maker, terminal)
-        if not self.graphs:
-            self._maker = None
-
-    def give_up(self, reason: str) -> None:
-        """See `GraphSet`."""
-        self._maker = None
-        self.graphs.give_up(reason)
 
     def logits(self, captured: CapturedMixedStep, sampled_rows: torch.Tensor) -> torch.Tensor:
         """What comes after the graph, launched: logits of these rows [num_sampled, vocab_size] float32."""

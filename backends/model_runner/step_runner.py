@@ -115,8 +115,8 @@ class StepRunner:
 
     def give_up_graphs(self, reason: str) -> None:
         """From now on steps are launched operator by operator."""
-        self.decode_graphs.give_up(reason)
-        self.mixed_graphs.give_up(reason)
+        self.decode_graphs.graphs.give_up(reason)
+        self.mixed_graphs.graphs.give_up(reason)
 
     def warn_of_failed_graphs(self) -> None:
         """One line for each kind of steps of which not all are captured."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from struct import pack
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -39,6 +39,19 @@ _EMISSION_COLUMNS: Final = 4
 _PENDING_MAX: Final = 256  # few enough that they are still in the processor's first cache when they are packed
 _UNSETTLED_MAX: Final = 65_536
 
+_Packed: TypeAlias = "bytes | array[int]"
+"""Integers of eight bytes each."""
+
+
+def _moved_to_array(packed: list[_Packed]) -> array[int]:
+    """All integers of ``packed``, which is left with nothing but them: they are never there twice as a whole."""
+    integers = array("q")
+    for index, some in enumerate(packed):
+        integers.frombytes(some)
+        packed[index] = b""
+    packed[:] = [integers]
+    return integers
+
 
 class _Integers:
     """A long column of integers: appended to as a list, kept packed, eight bytes each.
@@ -50,7 +63,7 @@ class _Integers:
 
     def __init__(self) -> None:
         self.pending: list[int] = []
-        self._packed: list[bytes] = []
+        self._packed: list[_Packed] = []
 
     def extend(self, values: tuple[int, ...]) -> None:
         self.pending.extend(values)
@@ -59,19 +72,15 @@ class _Integers:
 
     def to_array(self) -> array[int]:
         """All integers so far."""
-        integers = array("q")
-        integers.frombytes(self._to_bytes())
-        return integers
+        self._pack()
+        return _moved_to_array(self._packed)
 
     def take(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """All integers so far; the column is empty then."""
-        taken = np.frombuffer(self._to_bytes(), np.int64)
+        self._pack()
+        taken = np.frombuffer(b"".join(self._packed), np.int64)
         self._packed.clear()
         return taken
-
-    def _to_bytes(self) -> bytes:
-        self._pack()
-        return b"".join(self._packed)
 
     def _pack(self) -> None:
         self._packed.append(pack(f"{len(self.pending)}n", *self.pending))
@@ -92,8 +101,8 @@ class _Gaps:
         # requests have the first gap, and how many the others.
         self._emissions = _Integers()
         self._num_unsettled = 0  # tokens in them
-        self._gaps_ns: list[bytes] = []
-        self._counts: list[bytes] = []
+        self._gaps_ns: list[_Packed] = []
+        self._counts: list[_Packed] = []
 
     def add(self, last_ns: int, ends_ns: tuple[int, ...], num_first: int, num_requests: int) -> None:
         num_ends = len(ends_ns)
@@ -106,10 +115,7 @@ class _Gaps:
     def result(self) -> tuple[array[int], array[int]]:
         """The gaps so far in nanoseconds, and how many requests saw each."""
         self._settle()
-        gap_ns, count = array("q"), array("q")
-        gap_ns.frombytes(b"".join(self._gaps_ns))
-        count.frombytes(b"".join(self._counts))
-        return gap_ns, count
+        return _moved_to_array(self._gaps_ns), _moved_to_array(self._counts)
 
     def _settle(self) -> None:
         """Work out the gaps of what is not settled."""

@@ -132,12 +132,13 @@ class SimDriver:
         while calls.run_instant():
             if self._dirty:
                 self._poll_dirty(calls.now_ns)
-                if self._dying:
-                    self._lose_dying()
+            if self._dying and not calls.is_more_due_now:
+                self._lose_dying()
         if self._kept_news:
             last_ns = self._kept_news[-1][0]
             self._hand_out_news(last_ns)
             self._poll_dirty(last_ns)
+            assert calls.is_empty, "news that could wait led to something"
 
     # --- instants ----------------------------------------------------------------------------------------
 
@@ -357,9 +358,9 @@ class SimDriver:
         for instance_id, detection_ns in dying.items():
             instance = self._instances[instance_id]
             report = instance.device.halt(self.now_ns)
+            instance.lost = True
             if report is not None:
                 self._emit_last_words(instance, report)
-            instance.lost = True
             self.fail_transfers(instance_id, f"{instance_id} is lost")
             delay_ns = max(detection_ns, 2 * self._cluster.message_latency_ns)
             self._calls.call_at(self.now_ns + delay_ns, FunctionCall(partial(self._report_loss, instance)))

@@ -45,6 +45,18 @@ class CallQueue:
         self._events: list[tuple[int, int, int, simpy.Event]] = self.environment._queue  # type: ignore[assignment]
         self._calls: list[Call] = []  # the next one last, as most are scheduled for soon
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is left to happen."""
+        return not self._calls and not self._events
+
+    @property
+    def is_more_due_now(self) -> bool:
+        """Something was scheduled for this very time since it was all done."""
+        calls, events = self._calls, self._events
+        is_call_due = bool(calls) and calls[-1].at_ns == self.now_ns
+        return is_call_due or (bool(events) and events[0][0] == self.now_ns)
+
     def call_at(self, at_ns: int, call: Call) -> None:
         """Let ``call`` happen at that time, after the calls that were scheduled for it before."""
         call.at_ns = at_ns
@@ -61,7 +73,7 @@ class CallQueue:
     def run_instant(self) -> bool:
         """Let everything happen that is due at the next time; False: nothing is left to happen."""
         calls, events = self._calls, self._events
-        if not calls and not events:
+        if self.is_empty:
             return False
         now_ns = calls[-1].at_ns if calls else events[0][0]
         if events:

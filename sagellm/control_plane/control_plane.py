@@ -255,6 +255,9 @@ class ControlPlane:
             elif request.target is view:
                 request.target = None
                 self._reserve(request, event.instance_id, effects)
+            elif request.hand_over and request.stage is Stage.PREFILL and not self._fleet.is_disaggregated:
+                # From now on word that it is prefilled may wait, so it is told now that it stays.
+                self._reserve(request, event.instance_id, effects)
         if not self._fleet.views:
             self._reject_queue("no instance is left to serve it", effects)
 

@@ -85,6 +85,11 @@ class StepsInFlight:
         return 0 if num_free and steps and steps[-1].repeats else num_free
 
     @property
+    def has_chunks(self) -> bool:
+        """Whether part of a prompt is on its way back."""
+        return any(step.chunks for step in self._steps)
+
+    @property
     def is_void(self) -> bool:
         """True while steps are to come back that were planned on top of one that failed."""
         return bool(self._steps) and self._steps[0].void

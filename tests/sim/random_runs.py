@@ -217,7 +217,10 @@ class Recording:
                 self.decisions.append((now_ns, str(event)))
 
     def polled(self, now_ns: int, machine: InstanceId, effects: tuple[Effect, ...]) -> None:
+        instance = self.driver._instances.get(machine)
         for effect in effects:
+            if instance is not None and instance.lost and not isinstance(effect, EmitTokens):
+                continue  # Its last words come with what it would have done next.
             self.effects.append((now_ns, machine, effect))
             self.counts[f"-> {type(effect).__name__}"] += 1
             match effect:

@@ -55,6 +55,8 @@ def assert_equal(fast: Recording, slow: Recording) -> None:
 @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 1 << 40), with_faults=st.booleans())
 @example(seed=227638122, with_faults=False)  # blocks came back in the middle of a repeated step
+@example(seed=900, with_faults=True)  # a prompt that came back was the beginning of one that waited
+@example(seed=1126, with_faults=True)  # the last decode instance died while a prompt was on its way there
 def test_same_decisions_and_token_times(seed: int, with_faults: bool) -> None:
     _, fast, slow = both_ways(seed, with_faults=with_faults)
     for what in ("repeated", "preempted", "KVTransferred", "KVTransferFailed", "StepFailed", "InstanceLost"):
@@ -141,6 +143,9 @@ def in_a_last_repetition(seed: int) -> tuple[SimCluster, Recording, Recording]:
 
 @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 1 << 40))
+@example(seed=202)  # an instance died with a step planned that no device was to run
+@example(seed=336)  # an instance died at the end of a repetition
+@example(seed=936)  # a prefilled request came back that stayed
 def test_what_comes_in_a_last_repetition_waits_for_its_end(seed: int) -> None:
     _, fast, slow = in_a_last_repetition(seed)
     assert_equal(fast, slow)

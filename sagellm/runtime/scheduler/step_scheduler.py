@@ -238,6 +238,9 @@ class StepScheduler:
             return 1, False
         if self.draining and self.draining[-1].finish_clock == self.planned_clock:
             return 1, False
+        if self.num_unreturned > len(self.draining):
+            # A prefilled request that comes back may stay here and decode.
+            return 1, False
         somebody_waits = bool(self.waiting or self.reservations or self.staying)
         if somebody_waits and (self.num_unreturned or self._deferred):
             # What is on its way back may make room for somebody.
@@ -253,9 +256,7 @@ class StepScheduler:
         num_with_room = decodes.repeat_max(self.planned_clock, num_blocks, repeats + 1)
         if num_with_room <= repeats:
             return num_with_room, False
-        # A prefilled request that comes back may stay here and want a place.
-        is_quiet = repeats == num_to_finish and not somebody_waits and self.num_unreturned == len(self.draining)
-        is_quiet = is_quiet and self._steps_in_flight_max > 1
+        is_quiet = repeats == num_to_finish and not somebody_waits and self._steps_in_flight_max > 1
         return repeats, is_quiet and not decodes.num_stoppable and decodes.goes_on_after(next_finish_clock)
 
     def _drain_fully_planned(self) -> None:

@@ -265,13 +265,11 @@ class Instance:
 
     def _launch(self, plan: StepPlan) -> RunStep:
         scheduler = self._scheduler
-        # A token of a step still under way may end one of this step's requests, and so its turn in it.
+        # A token under way may end one of this step's requests, and so its turn in it; a prompt under way may turn out
+        # to be the beginning of one that waits, which then needs fewer blocks.
         may_stop = bool(self._steps) and scheduler.decodes.num_stoppable > 0
-        # A prompt under way may turn out to be the beginning of one that waits, which then needs fewer blocks.
         may_share = bool(scheduler.waiting) and self._steps.has_chunks
-        # Who was preempted may have left room for somebody who was looked at before.
-        is_unsettled = may_stop or may_share or bool(plan.preempted_request_ids)
-        repeat_max, ends_quietly = (1, False) if is_unsettled else scheduler.repetition(plan.chunks)
+        repeat_max, ends_quietly = scheduler.repetition(plan, may_change=may_stop or may_share)
         step_id = self._steps.launch(plan, repeat_max, self._now_ns, ends_quietly=ends_quietly)
         return RunStep(
             instance_id=self._instance_id,

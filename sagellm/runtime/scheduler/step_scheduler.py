@@ -228,13 +228,17 @@ class StepScheduler:
         self._restarted.clear()
         return StepPlan(decode_ids, num_context_tokens, chunks, new_block_ids, restarted_ids)
 
-    def repetition(self, chunks: tuple[TokenChunk, ...]) -> tuple[int, bool]:
+    def repetition(self, plan: StepPlan, *, may_change: bool) -> tuple[int, bool]:
         """How often the plan just made can be repeated with the same requests, and whether it ends quietly then.
 
-        It ends quietly where the step that is due while its last execution runs decodes those that are left.
+        ``may_change``: what is under way may make another plan of it. It ends quietly where the step that is due while
+        its last execution runs decodes those that are left.
         """
         decodes = self.decodes
-        if chunks or self.prefilling or self._repeat_max == 1:
+        if may_change or plan.chunks or self.prefilling or self._repeat_max == 1:
+            return 1, False
+        if plan.preempted_request_ids:
+            # Who was preempted may have left room for somebody who was looked at before.
             return 1, False
         if self.draining and self.draining[-1].finish_clock == self.planned_clock:
             return 1, False

@@ -17,6 +17,7 @@ from sagellm.core.messages import (
     AssignRequest,
     ControlPlaneEffect,
     ControlPlaneEvent,
+    DecodeHere,
     EmittedOutput,
     HandoverFailed,
     InstanceJoined,
@@ -128,6 +129,17 @@ def test_news_of_an_older_hand_over_changes_nothing() -> None:
     assert isinstance(second, ReserveKV)
     assert give(plane, HandoverFailed(A, P1, first.instance_id, first.attempt, "late")) == ()
     assert give(plane, RequestMoved(A, P1, second.instance_id, second.attempt, 1)) == ()
+
+
+def test_who_was_to_be_handed_over_is_told_to_stay_when_nobody_is_left_to_take_it() -> None:
+    plane = with_instances(joined(P1, Role.PREFILL), joined(D1, Role.DECODE))
+    [assigned] = give(plane, RequestArrived(spec("a")))
+    assert isinstance(assigned, AssignRequest)
+    assert assigned.hand_over
+    assert give(plane, InstanceLost(D1)) == (DecodeHere(P1, A),)
+    # So word that it is prefilled may wait: nothing follows from it.
+    assert plane.news_can_wait
+    assert give(plane, PrefillFinished(A, P1)) == ()
 
 
 def test_a_move_to_an_instance_that_was_lost_and_is_back_runs_the_request_again() -> None:

@@ -47,7 +47,7 @@ def _moved_to_array(packed: list[_Packed]) -> array[int]:
     """All integers of ``packed``, which is left with nothing but them: they are never there twice as a whole."""
     integers = array("q")
     for index, some in enumerate(packed):
-        integers.frombytes(some)
+        integers.frombytes(memoryview(some).cast("B"))
         packed[index] = b""
     packed[:] = [integers]
     return integers

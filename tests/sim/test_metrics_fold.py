@@ -21,6 +21,8 @@ from sagellm.core.messages import (
 )
 from sagellm.core.metrics import MetricsFold
 from sagellm.core.request import FinishReason, LatencySLO, RequestSpec
+from sim.arrivals import Arrivals
+from sim.driver import SimDriver
 
 SLO = LatencySLO(ttft_ns=60_000_000, tpot_ns=14_000_000)
 
@@ -113,6 +115,31 @@ def test_against_a_naive_fold(seed: int) -> None:
     for gap_ns, count in zip(metrics.itl_ns, metrics.itl_count, strict=True):
         folded[gap_ns] += count
     assert +folded == gaps
+
+
+def columns(seed: int, asked_at_ns: tuple[int, ...]) -> list[list[int]]:
+    """Of a run's metrics, which are asked for at these times, too."""
+    rng = Random(seed)
+    driver = SimDriver(random_cluster(rng), seed=seed)
+    Arrivals(driver, random_trace(rng), SLO, None).start()
+
+    def ask() -> None:
+        driver.metrics.result()
+
+    for at_ns in asked_at_ns:
+        driver.at(at_ns, ask)
+    driver.run()
+    metrics = driver.metrics.result()
+    gaps = Counter[int]()
+    for gap_ns, count in zip(metrics.itl_ns, metrics.itl_count, strict=True):
+        gaps[gap_ns] += count
+    timelines = [list(getattr(each, name)) for each in metrics.timelines.values() for name in ("time_ns", "end_ns")]
+    return [sorted(gaps.elements()), list(metrics.queue_time_ns), list(metrics.queue_depth), *timelines]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_asking_in_the_middle_of_a_run_changes_nothing(seed: int) -> None:
+    assert columns(seed, ()) == columns(seed, (1, 50_000_000, 50_000_001, 700_000_000))
 
 
 @pytest.mark.parametrize("seed", range(1, 20, 3))

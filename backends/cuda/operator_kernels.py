@@ -46,6 +46,7 @@ def unknown_to_kernels(head_dim: int, num_heads_each: int) -> tuple[str, ...]:
 
 def register_kernels(registry: KernelRegistry, backend: str) -> None:
     """Register the Triton kernels."""
+    registry.register(backend, "linear", linear)
     registry.register(backend, "rms_norm", rms_norm)
     registry.register(backend, "add_rms_norm", add_rms_norm)
     registry.register(backend, "head_rms_norm", head_rms_norm)
@@ -53,6 +54,12 @@ def register_kernels(registry: KernelRegistry, backend: str) -> None:
     registry.register(backend, "rotary_kv_write", rotary_kv_write)
     registry.register(backend, "head_norm_rotary_kv_write", head_norm_rotary_kv_write)
     registry.register(backend, "attention", attention, prepare_attention)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    from backends.cuda.kernels import products
+
+    return products.product(x, weight, bias)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, epsilon: float) -> torch.Tensor:

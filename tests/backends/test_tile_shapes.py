@@ -1,16 +1,21 @@
-"""How attention is cut into tiles."""
+"""How attention and products are cut into tiles."""
+
+from math import ceil
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.cuda.kernels.tile_shapes import (
     HOPPER_ROWS,
+    PRODUCT_RUN,
+    PRODUCT_TILE,
     decode_tile,
     fit_hopper_tiles,
     head_columns,
     hopper_tiles,
     power_of_two_from,
     prefill_tile,
+    product_shape,
 )
 
 
@@ -52,6 +57,29 @@ def test_the_kernel_for_hopper_leaves_other_heads_alone() -> None:
     assert not fit_hopper_tiles(128, 4, 4, 16)
     assert not fit_hopper_tiles(128, 4, 2, 48)
     assert not fit_hopper_tiles(64, 129, 2, 16)
+
+
+@given(st.integers(1, 32), st.integers(1, 200_000), st.integers(1, 30_000), st.integers(1, 200))
+def test_products_of_few_rows_fit_shared_memory_and_every_program_has_a_run(
+    num_rows: int, num_columns: int, width: int, num_compute_units: int
+) -> None:
+    shape = product_shape(num_rows, num_columns, width, num_compute_units)
+    assert shape.num_rows >= max(num_rows, 16)
+    assert is_power_of_two(shape.num_rows)
+    assert shape.num_stages >= 4
+    runs_bytes = 2 * shape.num_stages * (PRODUCT_TILE + shape.num_rows) * PRODUCT_RUN
+    order_bytes, barriers_bytes = 4 * PRODUCT_TILE * shape.num_rows, 1024
+    assert runs_bytes + order_bytes + barriers_bytes <= 227 << 10
+    num_tiles = ceil(num_columns / PRODUCT_TILE)
+    num_runs = num_tiles * ceil(width / PRODUCT_RUN)
+    assert 1 <= shape.num_programs <= min(num_compute_units, num_runs)
+    is_shared_evenly = shape.num_programs % num_tiles == 0
+    assert is_shared_evenly or shape.num_programs == min(num_compute_units, num_runs)
+
+
+def test_products_of_a_7b_model_on_132_multiprocessors() -> None:
+    programs = [product_shape(32, *weight, 132).num_programs for weight in ((4608, 3584), (3584, 3584), (3584, 18944))]
+    assert programs == [132, 112, 112]
 
 
 @given(st.integers(1, 1 << 20))

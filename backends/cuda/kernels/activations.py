@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from backends.cuda.kernels.early_start import wait_for_kernel_before
 from backends.cuda.kernels.kernel_launcher import KernelLauncher
 
 _COLUMNS = 1024
@@ -21,8 +22,10 @@ def _silu_multiply(
     row_stride,
     width,
     COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program for a stretch of a row; ``out`` is contiguous."""
+    wait_for_kernel_before(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from backends.cuda.kernels.attention_tile import attend_range
+from backends.cuda.kernels.early_start import wait_for_kernel_before
 from backends.cuda.kernels.kernel_launcher import KernelLauncher
 from backends.cuda.kernels.tile_shapes import LOG2_E, TileShape, head_columns, power_of_two_from
 
@@ -33,7 +34,6 @@ class DecodeShares:
     starts: torch.Tensor  # [num_seqs + 2] int32: each sequence's first tile, the number of tiles, tiles of a share
     sequences: torch.Tensor  # [num_shares, 2] int32: the first and the last sequence that a share has tiles of
     num_shares: int  # at most
-    has_many: bool  # so many sequences that few of them have parts to be joined
 
 
 @triton.jit
@@ -45,35 +45,30 @@ def _first_tile_key(context_len, KEYS: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @KernelLauncher
-@triton.jit(
-    do_not_specialize=["num_seqs", "num_shares", "num_shares_max"], do_not_specialize_on_alignment=["context_lens"]
-)
+@triton.jit(do_not_specialize=["num_seqs", "num_shares"], do_not_specialize_on_alignment=["context_lens"])
 def _share_out(
-    context_lens, starts, share_sequences, num_seqs, num_shares, num_shares_max,
+    context_lens, starts, share_sequences, num_seqs, num_shares,
     KEYS: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """One program. Where there are about as many sequences as shares, each has shares of its own: most have one."""
+    """One program."""
     sequences = tl.arange(0, SEQUENCES)
     inside = sequences < num_seqs
     lens = tl.load(context_lens + sequences, mask=inside, other=0)
     counts = tl.cdiv(lens - _first_tile_key(lens, KEYS, WINDOW), KEYS)
     share_len = tl.maximum(tl.cdiv(tl.sum(counts, axis=0), num_shares), 1)
-    if tl.sum((counts > 0).to(tl.int32), axis=0) * 10 >= num_shares * 9:
-        share_len = 2 * share_len
-        counts = tl.cdiv(counts, share_len) * share_len
     ends, num_tiles = tl.cumsum(counts, axis=0), tl.sum(counts, axis=0)
     tl.store(starts + sequences, ends - counts, mask=inside)
     tl.store(starts + num_seqs, num_tiles)
     tl.store(starts + num_seqs + 1, share_len)
-    for first_share in range(0, num_shares_max, SHARES):
+    for first_share in range(0, num_shares, SHARES):
         shares = first_share + tl.arange(0, SHARES)
         first_tiles = shares * share_len
         last_tiles = tl.minimum(first_tiles + share_len, num_tiles) - 1
         # A tile is of the sequence that comes after all those that end before it.
         firsts = tl.sum((ends[None, :] <= first_tiles[:, None]).to(tl.int32), axis=1)
         lasts = tl.sum((ends[None, :] <= last_tiles[:, None]).to(tl.int32), axis=1)
-        tl.store(share_sequences + 2 * shares, firsts, mask=shares < num_shares_max)
-        tl.store(share_sequences + 2 * shares + 1, lasts, mask=shares < num_shares_max)
+        tl.store(share_sequences + 2 * shares, firsts, mask=shares < num_shares)
+        tl.store(share_sequences + 2 * shares + 1, lasts, mask=shares < num_shares)
 
 
 @KernelLauncher
@@ -87,9 +82,10 @@ def _decode_attention(
     key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
     table_row_stride, num_seqs, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program for each share and key-value head. What it finds of a sequence that is all its own is final."""
+    wait_for_kernel_before(EARLY)
     share = tl.program_id(0)
     kv_head = tl.program_id(1)
     share_len = tl.load(starts + num_seqs + 1)
@@ -146,10 +142,11 @@ def _decode_attention(
 @triton.jit(do_not_specialize=["num_seqs"])
 def _join_parts(
     part_results, part_scores, out, starts, out_row_stride, num_heads, num_seqs,
-    HEADS: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program for HEADS heads of a sequence: parts weighed by the sum of their exponentials, 2 ** score."""
-    sequence = tl.program_id(0).to(tl.int64)
+    """One program for a head of a sequence: parts weighed by the sum of their exponentials, 2 ** score."""
+    wait_for_kernel_before(EARLY)
+    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     share_len = tl.load(starts + num_seqs + 1)
     first_tile = tl.load(starts + sequence)
     end_tile = tl.load(starts + sequence + 1)
@@ -158,48 +155,40 @@ def _join_parts(
     if (end_tile == first_tile) | (end_share - first_share < 2):
         return
     columns = tl.arange(0, COLUMNS)
-    for head in range(tl.program_id(1) * HEADS, tl.program_id(1) * HEADS + HEADS):
-        score_max = tl.full((1,), float("-inf"), dtype=tl.float32)
-        weight_sum = tl.zeros((1,), dtype=tl.float32)
-        joined = tl.zeros((COLUMNS,), dtype=tl.float32)
-        for first in range(first_share, end_share, PARTS):
-            shares = first + tl.arange(0, PARTS)
-            is_part = shares < end_share
-            places = (shares + sequence) * num_heads + head
-            scores = tl.load(part_scores + places, mask=is_part, other=float("-inf"))
-            inside = is_part[:, None] & (columns < HEAD_DIM)[None, :]
-            results = tl.load(part_results + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
-            new_max = tl.maximum(score_max, tl.max(scores, axis=0))
-            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-            shrink = tl.exp2(score_max - finite_max)
-            weights = tl.exp2(scores - finite_max)
-            weight_sum = weight_sum * shrink + tl.sum(weights, axis=0)
-            joined = joined * shrink + tl.sum(results * weights[:, None], axis=0)
-            score_max = new_max
-        joined = joined / tl.where(weight_sum == 0.0, 1.0, weight_sum)
-        place = sequence * out_row_stride + head * HEAD_DIM + columns
-        tl.store(out + place, joined.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
+    score_max = tl.full((1,), float("-inf"), dtype=tl.float32)
+    weight_sum = tl.zeros((1,), dtype=tl.float32)
+    joined = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for first in range(first_share, end_share, PARTS):
+        shares = first + tl.arange(0, PARTS)
+        is_part = shares < end_share
+        places = (shares + sequence) * num_heads + head
+        scores = tl.load(part_scores + places, mask=is_part, other=float("-inf"))
+        inside = is_part[:, None] & (columns < HEAD_DIM)[None, :]
+        results = tl.load(part_results + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
+        new_max = tl.maximum(score_max, tl.max(scores, axis=0))
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        shrink = tl.exp2(score_max - finite_max)
+        weights = tl.exp2(scores - finite_max)
+        weight_sum = weight_sum * shrink + tl.sum(weights, axis=0)
+        joined = joined * shrink + tl.sum(results * weights[:, None], axis=0)
+        score_max = new_max
+    joined = joined / tl.where(weight_sum == 0.0, 1.0, weight_sum)
+    place = sequence * out_row_stride + head * HEAD_DIM + columns
+    tl.store(out + place, joined.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
 
 
-def share_out(
-    context_lens: torch.Tensor, num_kv_heads: int, num_programs: int, *, sliding_window: int, are_all_there: bool = True
-) -> DecodeShares:
-    """For sequences of ``context_lens`` [num_seqs] int32: so many programs, but none without a tile of 64 keys.
-
-    ``are_all_there``: none of the contexts is of no tokens, or few are.
-    """
+def share_out(context_lens: torch.Tensor, num_kv_heads: int, num_programs: int, *, sliding_window: int) -> DecodeShares:
+    """For sequences of ``context_lens`` [num_seqs] int32: so many programs, but none without a tile of 64 keys."""
     num_seqs = context_lens.shape[0]
     num_shares = max(1, num_programs // num_kv_heads)
-    num_shares_max = max(num_shares, num_shares // 2 + num_seqs)
     starts = torch.empty(num_seqs + 2, dtype=torch.int32, device=context_lens.device)
-    sequences = torch.empty(num_shares_max, 2, dtype=torch.int32, device=context_lens.device)
+    sequences = torch.empty(num_shares, 2, dtype=torch.int32, device=context_lens.device)
     _share_out(
         (1, 1, 1),
-        (context_lens, starts, sequences, num_seqs, num_shares, num_shares_max),
+        (context_lens, starts, sequences, num_seqs, num_shares),
         (_TILE_KEYS, sliding_window, power_of_two_from(num_seqs), _SHARES_AT_ONCE),
     )
-    has_many = are_all_there and 10 * num_seqs >= 9 * num_shares
-    return DecodeShares(starts, sequences, num_shares_max, has_many)
+    return DecodeShares(starts, sequences, num_shares)
 
 
 def decode_attention(
@@ -237,10 +226,9 @@ def decode_attention(
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )  # fmt: skip
-    heads_each = num_heads // num_kv_heads if shares.has_many else 1
     _join_parts(
-        (num_seqs, num_heads // heads_each, 1),
+        (num_seqs, num_heads, 1),
         (part_results, part_scores, out, shares.starts, out.stride(0), num_heads, num_seqs),
-        (heads_each, _PARTS_AT_ONCE, head_dim, columns),
+        (_PARTS_AT_ONCE, head_dim, columns),
         num_warps=1,
     )

@@ -11,6 +11,8 @@ import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from backends.cuda.kernels.early_start import can_start_early
+
 _INT32_MAX = 2**31 - 1
 _ALIGNMENT_BYTES = 16
 
@@ -29,11 +31,15 @@ Argument = torch.Tensor | BlockDescriptor | int | float
 
 
 class KernelLauncher:
-    """One kernel. Its parameters are tensors and numbers first, then the constants that it is compiled for."""
+    """One kernel. Its parameters are tensors and numbers first, then the constants that it is compiled for.
+
+    If the last of these is EARLY (see `early_start`), the launcher adds it to those that it is called with.
+    """
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._knows_early = kernel.arg_names[-1] == "EARLY"
         # In Triton's interpreter kernels are functions of Python.
         self._remembers = isinstance(kernel, JITFunction)
 
@@ -50,10 +56,13 @@ class KernelLauncher:
 
         ``registers_max`` of a thread: with fewer, more programs run on a multiprocessor at a time.
         """
+        device_index = arguments[0].get_device()  # type: ignore[union-attr]
+        starts_early = self._knows_early and can_start_early(device_index)
+        if self._knows_early:
+            constants = (*constants, starts_early)
         if not self._remembers:
             self._kernel[grid](*arguments, *constants)
             return
-        device_index = arguments[0].get_device()  # type: ignore[union-attr]
         values: list[BlockDescriptor | int | float] = []
         key: list[Any] = [device_index, constants, num_warps, num_stages, registers_max]
         for argument in arguments:
@@ -62,6 +71,7 @@ class KernelLauncher:
         if compiled is None:
             launch = self._kernel[grid]
             options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": registers_max}
+            options["launch_pdl"] = starts_early
             self._compiled[tuple(key)] = launch(*arguments, *constants, **options)
             return
         compiled[grid](*values, *constants, stream=driver.active.get_current_stream(device_index))

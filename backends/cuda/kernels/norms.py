@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from backends.cuda.kernels.early_start import wait_for_kernel_before
 from backends.cuda.kernels.kernel_launcher import KernelLauncher
 
 ROW_WIDTH_MAX = 65536  # a row is held in the registers of one program
@@ -35,8 +36,10 @@ def _norm_rows(
     epsilon,
     ADDS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program for each row; ``out`` and ``sums`` are contiguous."""
+    wait_for_kernel_before(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, COLUMNS)
     inside = columns < width
@@ -62,8 +65,10 @@ def _norm_heads(
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program for all heads of a row."""
+    wait_for_kernel_before(EARLY)
     row = tl.program_id(0).to(tl.int64)
     heads, columns = tl.arange(0, HEADS), tl.arange(0, COLUMNS)
     inside = (heads < num_heads)[:, None] & (columns < HEAD_DIM)[None, :]

@@ -67,13 +67,8 @@ def attention(
     if num_decodes:
         if inputs.decode_shares is None:
             num_programs = num_programs_wanted(num_compute_units(query.device))
-            lens = inputs.decode_context_lens
             inputs.decode_shares = share_out(
-                lens,
-                num_kv_heads,
-                num_programs,
-                sliding_window=sliding_window,
-                are_all_there=inputs.inputs.decode_count is None,
+                inputs.decode_context_lens, num_kv_heads, num_programs, sliding_window=sliding_window
             )
         decode_attention(
             query,

@@ -68,7 +68,7 @@ def prompt_attention(
         where = (tiles, rows.block_tables, shape, num_compute_units(query.device))
         hopper_attention(query, key_cache, value_cache, out, *where, scale=scale)
         return
-    has_large_tiles = _compute_capability(query.device) in _HOLDING_LARGE_TILES
+    has_large_tiles = compute_capability(query.device) in _HOLDING_LARGE_TILES
     tile = prefill_tile(head_dim, group, query.element_size(), rows.context_len_max, has_large_tiles)
     among = (rows.in_tiles_of(tile.num_rows // group), rows.block_tables, tile)
     prefill_attention(query, key_cache, value_cache, out, *among, scale=scale, sliding_window=sliding_window)
@@ -77,7 +77,7 @@ def prompt_attention(
 @cache
 def _takes_hopper(operands: _Operands) -> bool:
     """Whether the kernel for Hopper computes this here, which is tried once."""
-    if _compute_capability(operands.device) != _HOPPER:
+    if compute_capability(operands.device) != _HOPPER:
         return False
     if not fit_hopper_tiles(operands.head_dim, operands.group, operands.dtype.itemsize, operands.block_size):
         return False
@@ -103,7 +103,7 @@ def _try_hopper(operands: _Operands) -> None:
 
 
 @cache
-def _compute_capability(device: torch.device) -> int:
+def compute_capability(device: torch.device) -> int:
     """The major one; of a CPU, which interprets kernels, none."""
     return 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).major
 

@@ -56,7 +56,8 @@ def _tiles_at(places, query_starts, context_lens, base, num_seqs, num_places, TO
     tokens = (places - ((first_rows - base) // TOKENS + sequences)) * TOKENS
     positions = tl.load(context_lens + sequences) - num_rows + tokens
     num_left = tl.where(places < num_places, num_rows - tokens, 0)
-    end_keys = tl.where(num_left > 0, positions + tl.minimum(num_left, TOKENS), 0)
+    # Rows of nobody's have positions below zero.
+    end_keys = tl.where(num_left > 0, tl.maximum(positions + tl.minimum(num_left, TOKENS), 0), 0)
     return first_rows + tokens, num_left, positions, sequences, end_keys
 
 

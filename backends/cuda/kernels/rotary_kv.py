@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from backends.cuda.kernels.early_start import wait_for_kernel_before
 from backends.cuda.kernels.kernel_launcher import KernelLauncher
 
 
@@ -56,8 +57,10 @@ def _rotary_kv_write(
     key_block_stride, key_slot_stride, key_head_stride, value_block_stride, value_slot_stride, value_head_stride,
     num_heads, num_kv_heads, block_size, epsilon,
     HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COLUMNS: tl.constexpr, NORMS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program for all heads of a row. A negative slot is written nowhere."""
+    wait_for_kernel_before(EARLY)
     half: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, COLUMNS)

@@ -17,6 +17,12 @@ _HOPPER_HEAD_DIMS = (64, 128)
 _HOPPER_BLOCK_SIZES = (8, 16, 32, 64)  # its shared memory is laid out in eights of rows
 _SHORT_CONTEXT = 1024
 
+PRODUCT_TILE = 64  # rows of a weight that a product of few rows takes at a time: what a group of four warps multiplies
+PRODUCT_RUN = 128  # columns of them
+_PRODUCT_ROWS_LEAST = 16
+_SHARED_BYTES = 210 << 10  # of Hopper's 227 KiB, the rest for barriers and the order in which results are written
+_WORTH_A_SHARE = 0.8
+
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
@@ -34,6 +40,29 @@ class HopperTiles:
 
     num_keys: int
     num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProductShape:
+    """Rows that a product of few rows is filled up to, runs of a tile in shared memory at a time, and programs."""
+
+    num_rows: int
+    num_stages: int
+    num_programs: int
+
+
+def product_shape(num_rows: int, num_columns: int, width: int, num_compute_units: int) -> ProductShape:
+    """For x [num_rows, width] and a weight [num_columns, width]: one program to each multiprocessor, or nearly.
+
+    Where most of them can share tiles without a remainder they do: then fewer have parts of the same tile.
+    """
+    rows = max(_PRODUCT_ROWS_LEAST, power_of_two_from(num_rows))
+    bytes_each = 2 * (PRODUCT_TILE + rows) * PRODUCT_RUN
+    num_stages = (_SHARED_BYTES - 4 * PRODUCT_TILE * rows) // bytes_each
+    num_tiles = -(-num_columns // PRODUCT_TILE)
+    num_even = num_compute_units // num_tiles * num_tiles
+    num_programs = num_even if num_even >= _WORTH_A_SHARE * num_compute_units else num_compute_units
+    return ProductShape(rows, num_stages, min(num_programs, num_tiles * -(-width // PRODUCT_RUN)))
 
 
 def fit_tiles(head_dim: int, group: int) -> bool:

@@ -1,0 +1,68 @@
+"""Products of activations and weights: by the kernel for few rows on Hopper where it is faster, else by cuBLAS."""
+
+import logging
+from functools import cache
+
+import torch
+from torch.nn import functional
+
+from backends.cuda.kernel_trial import why_it_fails
+from backends.cuda.kernels.prompt_attention import compute_capability, num_compute_units
+from backends.cuda.kernels.tile_shapes import PRODUCT_TILE, product_shape
+
+_LOG = logging.getLogger(__name__)
+_HOPPER = 9  # major compute capability
+_ROWS_MAX = 32
+_WEIGHT_BYTES_MIN = 16 << 20  # smaller ones were not measured
+_TILES_MAX = 4096
+_ALIGNMENT_BYTES = 16  # that the tensor memory accelerator wants
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x`` [num_rows, width] @ ``weight`` [num_columns, width] transposed + ``bias``."""
+    if _has_few_rows(x, weight) and _takes_hopper(x.device, x.dtype):
+        from backends.cuda.kernels.hopper_product import hopper_product
+
+        num_columns, width = weight.shape
+        shape = product_shape(x.shape[0], num_columns, width, num_compute_units(x.device))
+        return hopper_product(x, weight, bias, _tile_counts(x.device), shape)
+    return functional.linear(x, weight, bias)
+
+
+def _has_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """And all else that the kernel for Hopper wants."""
+    if x.dim() != 2 or not 0 < x.shape[0] <= _ROWS_MAX:
+        return False
+    num_columns, width = weight.shape
+    if num_columns * width * weight.element_size() < _WEIGHT_BYTES_MIN or num_columns > _TILES_MAX * PRODUCT_TILE:
+        return False
+    is_known = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    if not is_known or not (x.is_contiguous() and weight.is_contiguous()):
+        return False
+    starts = (x.data_ptr(), weight.data_ptr(), width * x.element_size())
+    return all(start % _ALIGNMENT_BYTES == 0 for start in starts)
+
+
+@cache
+def _takes_hopper(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel for Hopper computes this here, which is tried once."""
+    if compute_capability(device) != _HOPPER:
+        return False
+    if reason := why_it_fails(lambda: _try_hopper(device, dtype)):
+        slower = "products of few rows take slower kernels than this device could run"
+        _LOG.warning("%s: %s, for this version of triton: %s", device, slower, reason)
+        return False
+    return True
+
+
+def _try_hopper(device: torch.device, dtype: torch.dtype) -> None:
+    from backends.cuda.kernels.hopper_product import hopper_product
+
+    zeros = torch.zeros(PRODUCT_TILE, PRODUCT_TILE, dtype=dtype, device=device)
+    hopper_product(zeros[:1], zeros, None, _tile_counts(device), product_shape(1, PRODUCT_TILE, PRODUCT_TILE, 1))
+
+
+@cache
+def _tile_counts(device: torch.device) -> torch.Tensor:
+    """One product runs at a time on a device: steps do, and the products of a step follow each other."""
+    return torch.zeros(_TILES_MAX, dtype=torch.int32, device=device)

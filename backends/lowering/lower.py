@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from backends.lowering.launches import Launch, StepState
+from backends.lowering.launches import Launch, PrepareAttention, StepState
 from backends.lowering.lifetimes import Lifetimes
 from backends.lowering.operator_calls import OperatorCall, RankContext, operator_call
-from backends.lowering.program import GraphProgram, PrepareAttention, ProgramRegisters
+from backends.lowering.program import GraphProgram, ProgramRegisters
 from backends.lowering.registers import Registers
 from backends.operators.communicator import Communicator, SingleRank
 from backends.operators.registry import Kernel, KernelRegistry
@@ -95,7 +95,7 @@ class _Lowering:
             registers=ProgramRegisters(
                 count=registers.count,
                 inputs={name: registers.by_name[name] for name in graph.inputs},
-                hidden=registers.by_name[_hidden_name(graph)],
+                hidden=tuple(registers.by_name[name] for name in _hidden_names(graph)),
                 output=registers.by_name[logits.name],
             ),
             prepare_attention=tuple(self._prepare(window) for window in self._windows),
@@ -125,7 +125,11 @@ class _Lowering:
     ) -> Callable[[StepState], None]:
         operator = node.operator
         if isinstance(operator, Attention):
-            return _attention(kernel.run, sources[0], targets[0], node.layer or 0, self._window(operator), call)
+            window = self._window(operator)
+            attend = _attention_of_sampled_rows if operator.of_sampled_rows else _attention
+            return attend(kernel.run, sources[0], targets[0], node.layer or 0, window, call)
+        if isinstance(operator, SelectRows):
+            return _row_selection(kernel.run, sources, targets[0])
         if isinstance(operator, KVSend):
             return _kv_sender(kernel.run, node.layer or 0)
         if operator.writes_kv:
@@ -150,9 +154,11 @@ class _Lowering:
         return prepared
 
 
-def _hidden_name(graph: ExecutionGraph) -> str:
-    """The last tensor that has all rows of a step."""
-    return next(node.inputs[0] for node in graph.nodes if isinstance(node.operator, SelectRows))
+def _hidden_names(graph: ExecutionGraph) -> tuple[str, ...]:
+    """What nodes from the first `SelectRows` on read of the nodes before it."""
+    first = next(place for place, node in enumerate(graph.nodes) if isinstance(node.operator, SelectRows))
+    before = {output for node in graph.nodes[:first] for output in node.outputs}
+    return tuple(dict.fromkeys(name for node in graph.nodes[first:] for name in node.inputs if name in before))
 
 
 def _plain(
@@ -223,10 +229,37 @@ def _attention(
     def attend(step: StepState) -> None:
         registers, kv = step.registers, step.kv
         registers[target] = run(
-            registers[source], kv.keys[layer], kv.values[layer], step.attention_inputs[window], **attributes
+            registers[source], kv.keys[layer], kv.values[layer], step.attention_inputs.of_all_rows(window), **attributes
         )
 
     return attend
+
+
+def _attention_of_sampled_rows(
+    run: Callable[..., Any], source: int, target: int, layer: int, window: int, call: OperatorCall
+) -> Callable[[StepState], None]:
+    attributes = call.attributes
+
+    def attend(step: StepState) -> None:
+        registers, kv = step.registers, step.kv
+        query = registers[source]
+        if not query.shape[0]:
+            registers[target] = torch.empty_like(query)  # a step may sample no row
+            return
+        inputs = step.attention_inputs.of_sampled_rows(window)
+        registers[target] = run(query, kv.keys[layer], kv.values[layer], inputs, **attributes)
+
+    return attend
+
+
+def _row_selection(run: Callable[..., Any], sources: tuple[int, ...], target: int) -> Callable[[StepState], None]:
+    x, rows = sources
+
+    def select(step: StepState) -> None:
+        registers = step.registers
+        registers[target] = registers[x] if step.inputs.samples_all_rows else run(registers[x], registers[rows])
+
+    return select
 
 
 def _on_a_copy(run: Callable[..., Any]) -> Callable[..., Any]:

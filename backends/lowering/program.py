@@ -7,11 +7,9 @@ from typing import Any
 import torch
 
 from backends.lowering.kv_sends import KVSends
-from backends.lowering.launches import Launch, StepState
+from backends.lowering.launches import AttentionInputs, Launch, PrepareAttention, StepState
 from backends.lowering.side_streams import SideStreams
 from backends.step_inputs import KVTensors, StepInputs
-
-PrepareAttention = Callable[[StepInputs, int], Any]  # of a step's inputs and the block size
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +18,7 @@ class ProgramRegisters:
 
     count: int
     inputs: dict[str, int]  # by the names of the graph's inputs
-    hidden: int  # the last hidden states, of all rows
+    hidden: tuple[int, ...]  # of all rows, from which those of the sampled ones are selected
     output: int
 
 
@@ -58,7 +56,7 @@ class GraphProgram:
         ``kv_sends`` is what the graph's ``KVSend`` nodes stage; without it they have nothing to do. All work,
         on whatever stream, is over when what the caller's stream has been given is.
         """
-        step = self._begin(inputs, kv, self.attention_inputs(inputs, kv), kv_sends)
+        step = self._begin(inputs, kv, kv_sends)
         if self._streams is None:
             _run_in_order(self._steps, step)
         else:
@@ -67,33 +65,31 @@ class GraphProgram:
         # A copy is the caller's stream's own; the original may be another stream's, and be handed out there again.
         return logits.float() if self._streams is None else logits.to(torch.float32, copy=True)
 
-    def hidden(self, inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
-        """Write this step's K and V into the cache; the last hidden states [num_tokens, hidden_size], normed."""
+    def all_rows(self, inputs: StepInputs, kv: KVTensors) -> tuple[torch.Tensor, ...]:
+        """The part of a step before rows are selected. Writes K and V; what the other part starts with."""
         assert self._streams is None, "a step in two parts runs on one stream"
-        step = self._begin(inputs, kv, self.attention_inputs(inputs, kv), None)
+        step = self._begin(inputs, kv, None)
         _run_in_order(self._steps[: self._num_body], step)
-        hidden: torch.Tensor = step.registers[self._registers.hidden]
-        return hidden
+        return tuple(step.registers[register] for register in self._registers.hidden)
 
-    def logits(self, hidden: torch.Tensor, inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
-        """From what ``hidden`` gave, of the sampled rows: [num_sampled, vocab_size] in the model's type."""
-        step = self._begin(inputs, kv, [], None)
-        step.registers[self._registers.hidden] = hidden
+    def logits(self, hidden: tuple[torch.Tensor, ...], inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
+        """From what ``all_rows`` gave, of the sampled rows: [num_sampled, vocab_size] in the model's type."""
+        step = self._begin(inputs, kv, None)
+        for register, tensor in zip(self._registers.hidden, hidden, strict=True):
+            step.registers[register] = tensor
         _run_in_order(self._steps[self._num_body :], step)
         logits: torch.Tensor = step.registers[self._registers.output]
         return logits
 
-    def _begin(
-        self, inputs: StepInputs, kv: KVTensors, attention_inputs: list[Any], kv_sends: KVSends | None
-    ) -> StepState:
+    def _begin(self, inputs: StepInputs, kv: KVTensors, kv_sends: KVSends | None) -> StepState:
         registers: list[Any] = [None] * self._registers.count
         for name, register in self._registers.inputs.items():
             registers[register] = getattr(inputs, name)
-        return StepState(registers, inputs, kv, attention_inputs, kv_sends)
+        return StepState(registers, inputs, kv, self.attention_inputs(inputs, kv), kv_sends)
 
-    def attention_inputs(self, inputs: StepInputs, kv: KVTensors) -> list[Any]:
-        """What the attention kernel wants of a step, for each sliding window of the model."""
-        return [prepare(inputs, kv.block_size) for prepare in self._prepare_attention]
+    def attention_inputs(self, inputs: StepInputs, kv: KVTensors) -> AttentionInputs:
+        """What the attention kernel wants of a step."""
+        return AttentionInputs(self._prepare_attention, inputs, kv.block_size)
 
 
 def _run_in_order(launches: tuple[tuple[Callable[[StepState], None], tuple[int, ...]], ...], step: StepState) -> None:

@@ -96,7 +96,7 @@ class _DecodeMaker:
         program, inputs, kv = self._program, self._inputs.step_inputs(size), self._kv.tensors
         if isinstance(program, SplitProgram):
             # In float32 they would be as much memory traffic again as drawing from them.
-            logits = program.logits(program.hidden(inputs, kv), inputs, kv)
+            logits = program.logits(program.all_rows(inputs, kv), inputs, kv)
         else:
             logits = program.run(inputs, kv)
         if largest is not None:

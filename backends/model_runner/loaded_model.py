@@ -23,6 +23,7 @@ from sagellm.models.known_models import load_model_config
 from sagellm.models.model_config import ModelConfig
 from sagellm.runtime.execution_graph.builder import build_graph
 from sagellm.runtime.execution_graph.ir import ExecutionGraph
+from sagellm.runtime.execution_graph.passes.early_selection import select_rows_early
 from sagellm.runtime.execution_graph.passes.fusion import fuse
 
 _LOG = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def load_model(settings: ExecutorSettings, backend: HardwareBackend) -> LoadedMo
     config = _config(settings, folder)
     device = backend.torch_device(settings.device_indexes[0])
     _check_dtype(config, backend, settings.device_indexes[0])
-    graph = fuse(build_graph(config))
+    graph = select_rows_early(fuse(build_graph(config)))
     _check_room(graph, settings, backend)
     kernels = _kernels(config, settings, backend)
     num_positions = _num_positions(settings, config)

@@ -1,7 +1,7 @@
-"""Small steps with prompts, decodes among them or not, captured up to their last hidden states.
+"""Small steps with prompts, decodes among them or not, captured up to where sampled rows are selected.
 
 A graph is made for a number of tokens, whoever they belong to: how many sequences decode, where each prompt begins
-and how far it has come is read on the device. What comes after, logits of the rows that get a token, is launched. Large
+and how far it has come is read on the device. What comes after, for the rows that get a token, is launched. Large
 steps keep the device busy for longer than the host takes to launch them.
 """
 
@@ -31,7 +31,7 @@ class CapturedMixedStep:
     graph: DeviceGraph
     inputs: "MixedInputs"
     step_inputs: StepInputs  # as they were captured
-    hidden: torch.Tensor  # [num_tokens, hidden_size]
+    hidden: tuple[torch.Tensor, ...]  # of all rows: see `SplitProgram`
 
 
 class MixedInputs:
@@ -128,10 +128,13 @@ class MixedGraphs:
 
         self.graphs.capture(sizes, make_maker, terminal)
 
-    def logits(self, captured: CapturedMixedStep, sampled_rows: torch.Tensor) -> torch.Tensor:
+    def logits(self, captured: CapturedMixedStep, sampled_rows: torch.Tensor, context_len_max: int) -> torch.Tensor:
         """What comes after the graph, launched: logits of these rows [num_sampled, vocab_size] float32."""
         assert self._program is not None, "nothing was captured"
-        inputs = replace(captured.step_inputs, sampled_rows=sampled_rows)
+        inputs = captured.step_inputs
+        num_columns = table_width(-(-context_len_max // self._kv.tensors.block_size))
+        tables = inputs.block_tables[:, :num_columns]
+        inputs = replace(inputs, sampled_rows=sampled_rows, block_tables=tables, context_len_max=context_len_max)
         return self._program.logits(captured.hidden, inputs, self._kv.tensors).float()
 
     def step_for(self, num_tokens: int, num_prompts: int, context_len_max: int) -> CapturedMixedStep | None:
@@ -153,14 +156,15 @@ class _MixedMaker:
         self._inputs.fill_up(size)
 
     def run(self, size: int) -> None:
-        self._program.hidden(self._inputs.step_inputs(size), self._kv.tensors)
+        self._program.all_rows(self._inputs.step_inputs(size), self._kv.tensors)
 
     def capture(self, size: int, graph: DeviceGraph, largest: CapturedMixedStep | None) -> CapturedMixedStep:
         inputs = self._inputs
         with graph.capture():
             step_inputs = inputs.step_inputs(size)
-            hidden = self._program.hidden(step_inputs, self._kv.tensors)
+            hidden = self._program.all_rows(step_inputs, self._kv.tensors)
             if largest is not None:
-                # In the memory of the largest step's: of 40 sizes each its own would be a quarter of a GiB.
-                hidden = largest.hidden[:size].copy_(hidden)
+                # In the memory of the largest step's: of 40 sizes each its own would be half a GiB.
+                pairs = zip(largest.hidden, hidden, strict=True)
+                hidden = tuple(kept[:size].copy_(tensor) for kept, tensor in pairs)
         return CapturedMixedStep(size, inputs.num_decodes_max(size), graph, inputs, step_inputs, hidden)

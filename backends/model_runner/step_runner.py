@@ -191,7 +191,7 @@ class StepRunner:
         packed = packer.copy_to(self._device)
         self._tables.fill_mixed(captured, step, packed)
         captured.graph.replay()
-        logits = self.mixed_graphs.logits(captured, step.sampled_rows.on(packed))
+        logits = self.mixed_graphs.logits(captured, step.sampled_rows.on(packed), arrays.context_len_max)
         return _LaunchedModel(logits, draw.on(packed), step.sampled_cells.on(packed), None)
 
     def _replay(

@@ -23,6 +23,7 @@ from benchmarks.h200.timed_steps import lowered
 from sagellm.models.known_models import load_model_config
 from sagellm.models.model_config import ModelConfig
 from sagellm.runtime.execution_graph.builder import build_graph
+from sagellm.runtime.execution_graph.passes.early_selection import select_rows_early
 from sagellm.runtime.execution_graph.passes.fusion import fuse
 from sagellm.runtime.execution_graph.tensors import WeightSource
 
@@ -155,7 +156,7 @@ def own_logits(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of all rows, computed in one step; of each prompt's last rows, decoded together; and which rows these are."""
     device = backend.torch_device(0)
-    graph = fuse(build_graph(config))
+    graph = select_rows_early(fuse(build_graph(config)))
     supply = StateDict(dict(reference.state_dict()))
     weights = load_weights(graph, supply, rank=0, device=device, progress=NoProgress())
     longest = max(map(len, prompts))

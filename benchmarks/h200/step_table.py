@@ -49,6 +49,7 @@ from sagellm.models.known_models import load_model_config
 from sagellm.models.model_config import ModelConfig
 from sagellm.runtime.execution_graph.builder import build_graph
 from sagellm.runtime.execution_graph.ir import ExecutionGraph
+from sagellm.runtime.execution_graph.passes.early_selection import select_rows_early
 from sagellm.runtime.execution_graph.passes.fusion import fuse
 
 VLLM_MODEL = "Qwen/Qwen2.5-7B"
@@ -130,7 +131,7 @@ class Bench:
     def __init__(self, config: ModelConfig, backend: HardwareBackend, steps: list[Step]) -> None:
         self.config, self.backend = config, backend
         self.device = backend.torch_device(0)
-        self.graph: ExecutionGraph = fuse(build_graph(config))
+        self.graph: ExecutionGraph = select_rows_early(fuse(build_graph(config)))
         self.weights = load_weights(
             self.graph, DummyWeights(self.device), rank=0, device=self.device, progress=NoProgress()
         )

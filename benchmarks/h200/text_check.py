@@ -28,6 +28,7 @@ from sagellm.core.identity import InstanceId
 from sagellm.models.known_models import load_model_config
 from sagellm.models.model_config import ModelConfig
 from sagellm.runtime.execution_graph.builder import build_graph
+from sagellm.runtime.execution_graph.passes.early_selection import select_rows_early
 from sagellm.runtime.execution_graph.passes.fusion import fuse
 
 NOISE_FACTOR = 4 * 2  # deviations, of what has twice the noise of a logit
@@ -138,11 +139,11 @@ def eager_texts(
 def eager_program(path: str, config: ModelConfig, backend: HardwareBackend) -> GraphProgram:
     """With the weights that an instance makes up; in float32 these are the same, not others drawn finer."""
     device = backend.torch_device(0)
-    graph = fuse(build_graph(config))
+    graph = select_rows_early(fuse(build_graph(config)))
     weights = load_weights(graph, DummyWeights(device), rank=0, device=device, progress=NoProgress())
     if path == "float32":
         wide = {id(tensor): tensor.float() for tensor in weights.values()}
-        graph = fuse(build_graph(replace(config, dtype="float32")))
+        graph = select_rows_early(fuse(build_graph(replace(config, dtype="float32"))))
         weights = {name: wide[id(tensor)] for name, tensor in weights.items()}
     kernels = KernelRegistry()
     if path == "own kernels":

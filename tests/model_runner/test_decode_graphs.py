@@ -12,14 +12,14 @@ from context_program import loading
 from hypothesis import given
 from hypothesis import strategies as st
 from instance_loop import InstanceLoop
-from recording_backend import RecordedGraph, RecordingBackend, install, sequences_of_rows
+from recording_backend import RecordedGraph, RecordingBackend, install
 
 from backends.model_runner.batch_sizes import NUM_SEQS_CAPTURED_MAX, captured_sizes, sizes_worth_keeping, smallest_size
 from backends.model_runner.decode_graphs import DecodeGraphs
 from backends.model_runner.graph_set import GraphSet
 from backends.model_runner.kv_blocks import KVBlocks
 from backends.model_runner.mixed_graphs import NUM_PROMPTS_MAX
-from backends.step_inputs import KVTensors, StepInputs
+from backends.step_inputs import KVTensors, StepInputs, sampled_inputs
 from sagellm.core.config import InstanceConfig
 from sagellm.core.identity import InstanceId, RequestId
 from sagellm.core.messages import RunStep
@@ -55,18 +55,19 @@ class HashProgram:
 class SplitHashProgram(HashProgram):
     """The same in two parts."""
 
-    def hidden(self, inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
-        rows = torch.arange(inputs.positions.shape[0])
+    def all_rows(self, inputs: StepInputs, kv: KVTensors) -> tuple[torch.Tensor, ...]:
         keys = kv.keys[0].view(-1)
         keys.index_copy_(0, inputs.slot_mapping, inputs.token_ids.to(keys.dtype))
-        places = torch.arange(inputs.block_tables.shape[1] * kv.block_size)
-        blocks = inputs.block_tables[sequences_of_rows(inputs, rows.numel())][:, places // kv.block_size].long()
-        tokens = keys[blocks * kv.block_size + places % kv.block_size].long()
-        seen = places <= inputs.positions.unsqueeze(1)
-        return torch.where(seen, hashed(tokens, places), 0).sum(1)
+        return (inputs.positions.clone(),)
 
-    def logits(self, hidden: torch.Tensor, inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
-        return logits_of(hidden[inputs.sampled_rows])
+    def logits(self, hidden: tuple[torch.Tensor, ...], inputs: StepInputs, kv: KVTensors) -> torch.Tensor:
+        rows = sampled_inputs(inputs)
+        (positions,) = hidden
+        assert torch.equal(positions[inputs.sampled_rows], rows.positions)
+        places = torch.arange(rows.block_tables.shape[1] * kv.block_size)
+        blocks = rows.block_tables[:, places // kv.block_size].long()
+        tokens = kv.keys[0].view(-1)[blocks * kv.block_size + places % kv.block_size].long()
+        return logits_of(torch.where(places < rows.context_lens.unsqueeze(1), hashed(tokens, places), 0).sum(1))
 
 
 def hashed(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -192,7 +192,7 @@ class Attention(Operator, frozen=True):
 
     Row i of a sequence sees keys up to its own position, at most the last ``sliding_window`` of them
     (itself included) where that is not 0. Heads share key-value heads in groups of neighbours. Numbers
-    of heads are one rank's.
+    of heads are one rank's. With ``of_sampled_rows`` queries are those of the step's sampled rows alone.
     """
 
     reads_kv: ClassVar = True
@@ -201,6 +201,7 @@ class Attention(Operator, frozen=True):
     head_dim: int
     scale: float
     sliding_window: int = 0
+    of_sampled_rows: bool = False
 
     def output_types(self, inputs: Sequence[Tensor]) -> tuple[TensorType, ...]:
         must_be("the queries", inputs[0].shape, (inputs[0].shape[0], self.num_heads * self.head_dim))
@@ -209,8 +210,10 @@ class Attention(Operator, frozen=True):
     def work(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], sizes: StepSizes) -> OperatorWork:
         """A sliding window is not taken off: sizes say what is read, whoever counted them."""
         token_bytes = 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[inputs[0].dtype]
+        # A sampled row is its sequence's last, which sees all of the context.
+        num_pairs = sizes.num_context_tokens if self.of_sampled_rows else sizes.num_token_pairs
         return OperatorWork(
-            flops=4 * self.num_heads * self.head_dim * sizes.num_token_pairs,
+            flops=4 * self.num_heads * self.head_dim * num_pairs,
             read_bytes=inputs[0].num_bytes(sizes),
             written_bytes=outputs[0].num_bytes(sizes),
             kv_read_bytes=token_bytes * sizes.num_context_tokens,

@@ -73,6 +73,22 @@ def test_products_that_it_does_not_know(x: torch.Tensor, weight: torch.Tensor, m
     assert products._has_few_rows(torch.zeros(3, 64).half(), torch.zeros(8, 64).half())
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_columns", "has_bias"),
+    [(32, 24, False), (33, 24, True), (176, 64, True), (177, 24, False), (40, 65, False)],
+)
+def test_a_bias_of_zeros_changes_nothing_and_is_for_wide_weights_and_some_tens_of_rows(
+    num_rows: int, num_columns: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backends.cuda.kernels import products
+
+    monkeypatch.setattr(products, "compute_capability", lambda device: 9)
+    x, weight = torch.randn(num_rows, 64).half(), torch.randn(num_columns, 64).half()
+    assert products._is_faster_with_bias(x, weight) is has_bias
+    found, exact = products.product(x, weight, None), x.float() @ weight.float().t()
+    assert (found.float() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 def compile_kernel(shape: ProductShape, has_bias: bool) -> None:
     import triton
     from triton.backends.compiler import GPUTarget

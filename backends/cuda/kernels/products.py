@@ -1,4 +1,8 @@
-"""Products of activations and weights: by the kernel for few rows on Hopper where it is faster, else by cuBLAS."""
+"""Products of activations and weights: by the kernel for few rows on Hopper where it is faster, else by a library.
+
+torch takes cuBLAS without a bias and cuBLASLt with one. On an H200 cuBLASLt is up to 20 % faster for weights no taller
+than wide and some tens of rows, so that these get a bias of zeros; `docs/h200.md` has the table.
+"""
 
 import logging
 from functools import cache
@@ -15,6 +19,7 @@ _HOPPER = 9  # major compute capability
 _ROWS_MAX = 32
 _WEIGHT_BYTES_MIN = 16 << 20  # smaller ones were not measured
 _TILES_MAX = 4096
+_LT_ROWS_MAX = 176
 _ALIGNMENT_BYTES = 16  # that the tensor memory accelerator wants
 
 
@@ -26,6 +31,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
         num_columns, width = weight.shape
         shape = product_shape(x.shape[0], num_columns, width, num_compute_units(x.device))
         return hopper_product(x, weight, bias, _tile_counts(x.device), shape)
+    if bias is None and _is_faster_with_bias(x, weight):
+        bias = _zeros(x.device, x.dtype, weight.shape[0])
     return functional.linear(x, weight, bias)
 
 
@@ -41,6 +48,18 @@ def _has_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     starts = (x.data_ptr(), weight.data_ptr(), width * x.element_size())
     return all(start % _ALIGNMENT_BYTES == 0 for start in starts)
+
+
+def _is_faster_with_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    num_columns, width = weight.shape
+    if not _ROWS_MAX < x.shape[0] <= _LT_ROWS_MAX or num_columns > width or x.dim() != 2:
+        return False
+    return x.dtype in (torch.bfloat16, torch.float16) and compute_capability(x.device) == _HOPPER
+
+
+@cache
+def _zeros(device: torch.device, dtype: torch.dtype, num_columns: int) -> torch.Tensor:
+    return torch.zeros(num_columns, dtype=dtype, device=device)
 
 
 @cache

@@ -34,6 +34,8 @@ from benchmarks.h200.step_table import Bench, words_of
 from benchmarks.h200.timed_steps import Step, decode_step, greedy_drawing, median_ms, prefill_step, replayed_ms
 from sagellm.models.known_models import load_model_config
 from sagellm.models.rope import Rope
+from sagellm.runtime.execution_graph.builder import build_graph
+from sagellm.runtime.execution_graph.passes.fusion import fuse
 
 VARIANTS = {"whole": whole_layers, "piecewise": between_attentions}
 HAND_LOWERED = "hand-lowered"
@@ -139,7 +141,8 @@ def main(words: list[str] | None = None) -> int:
     document = Document(arguments.model, backend.get_device_info(0).name, torch.__version__, arguments.mode)
     deadline_s = time.monotonic() + arguments.limit_s
     with torch.no_grad():
-        bench = Bench(load_model_config(arguments.model), backend, steps)
+        config = load_model_config(arguments.model)
+        bench = Bench(config, backend, steps, fuse(build_graph(config)))
         kernels = StepKernels(bench)
         for step in steps:
             measure_step(bench, kernels, step, arguments, document, deadline_s)

@@ -126,12 +126,11 @@ class Document:
 
 
 class Bench:
-    """A model on a device, and steps of it."""
+    """A model's graph on a device, and steps of it."""
 
-    def __init__(self, config: ModelConfig, backend: HardwareBackend, steps: list[Step]) -> None:
-        self.config, self.backend = config, backend
+    def __init__(self, config: ModelConfig, backend: HardwareBackend, steps: list[Step], graph: ExecutionGraph) -> None:
+        self.config, self.backend, self.graph = config, backend, graph
         self.device = backend.torch_device(0)
-        self.graph: ExecutionGraph = select_rows_early(fuse(build_graph(config)))
         self.weights = load_weights(
             self.graph, DummyWeights(self.device), rank=0, device=self.device, progress=NoProgress()
         )
@@ -170,7 +169,7 @@ def main(words: list[str] | None = None) -> int:
     config = load_model_config(arguments.model)
     steps = chosen_steps(arguments)
     document = Document(arguments.model, backend.get_device_info(0).name, torch.__version__)
-    bench = Bench(config, backend, steps)
+    bench = Bench(config, backend, steps, select_rows_early(fuse(build_graph(config))))
     print(f"{document.model} on {document.device}, torch {document.torch}: {len(steps)} steps", flush=True)
     for step in steps:
         row = attempted(step.name, lambda step=step: measured(bench, step, arguments), document.failures)  # type: ignore[misc]

@@ -371,6 +371,8 @@ class ControlPlane:
             expected = [r for r in self._requests.values() if r.target is view]
             assert view.num_requests == len(owned) + len(expected), f"I3: {view.instance_id} is miscounted"
             assert view.num_prefill_tokens == sum(r.num_prefill_tokens for r in owned)
+            in_window = (min(r.num_prefill_tokens, view.max_num_batched_tokens) for r in owned)
+            assert view.num_window_tokens == sum(in_window), f"I3: {view.instance_id}'s window is miscounted"
         num_queued = sum(r.stage is Stage.QUEUED for r in self._requests.values())
         assert num_queued == len(self._queue), "I3: a request is in no queue, or in two"
 

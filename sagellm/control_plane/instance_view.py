@@ -8,8 +8,8 @@ from sagellm.core.config import Role
 from sagellm.core.identity import InstanceId
 from sagellm.core.messages import InstanceJoined
 
-DISPATCH_STEPS = 4
-"""Two steps in flight, one being planned, and one on its way to the instance."""
+DISPATCH_STEPS = 5
+"""Two steps in flight, one being planned, one on its way to the instance, one for prompts that steps share."""
 
 
 class InstanceView:
@@ -25,6 +25,7 @@ class InstanceView:
         "num_prefill_tokens",
         "num_requests",
         "num_token_slots",
+        "num_window_tokens",
         "role",
     )
 
@@ -37,21 +38,34 @@ class InstanceView:
         self.max_num_batched_tokens = joined.max_num_batched_tokens
         self.num_requests = 0  # sent there, not yet ended or moved on
         self.num_prefill_tokens = 0  # of these, tokens not yet prefilled
+        self.num_window_tokens = 0  # of these, what counts towards dispatch_tokens_max
         self.num_kv_tokens = 0  # prompt tokens of these requests
         self.load = 0.0
 
     def has_room(self, num_tokens: int) -> bool:
         """True where a request with so many tokens to prefill may be sent; an idle one takes any."""
-        return not self.num_prefill_tokens or self.num_prefill_tokens + num_tokens <= self.dispatch_tokens_max
+        return not self.num_window_tokens or self.num_window_tokens + self._in_window(num_tokens) <= (
+            self.dispatch_tokens_max
+        )
+
+    def _in_window(self, num_tokens: int) -> int:
+        """What a request counts for: one step's worth at most.
+
+        How far an instance has come with a prompt is not known here. If a long one counted as a whole until its end,
+        the instance would run short of others to fill its steps with.
+        """
+        return min(num_tokens, self.max_num_batched_tokens)
 
     def add(self, *, num_requests: int = 0, num_prefill_tokens: int = 0, num_kv_tokens: int = 0) -> None:
-        """Change the counts and the load that follows from them.
+        """Change the counts, by what one request has of each, and the load that follows from them.
 
         The load adds up what the instance has of each of its limits: full steps of prefill ahead, the
         share of its places taken, and the share of its KV cache spoken for.
         """
         self.num_requests += num_requests
         self.num_prefill_tokens += num_prefill_tokens
+        in_window = self._in_window(abs(num_prefill_tokens))
+        self.num_window_tokens += in_window if num_prefill_tokens > 0 else -in_window
         self.num_kv_tokens += num_kv_tokens
         self.load = (
             self.num_prefill_tokens / self.max_num_batched_tokens

@@ -13,6 +13,8 @@ from benchmarks.h200.graph_parts import PartsProgram, cut, make_function
 from benchmarks.h200.step_table import Bench
 from benchmarks.h200.timed_steps import Step
 from sagellm.models.known_models import load_model_config
+from sagellm.runtime.execution_graph.builder import build_graph
+from sagellm.runtime.execution_graph.passes.fusion import fuse
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
@@ -39,7 +41,8 @@ def config_file(folder: Path, family: str) -> str:
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 @torch.no_grad()
 def test_parts_give_the_logits_of_the_whole(tmp_path: Path, family: str, variant: str, step: Step) -> None:
-    bench = Bench(load_model_config(config_file(tmp_path, family)), get_backend("cpu"), STEPS)
+    config = load_model_config(config_file(tmp_path, family))
+    bench = Bench(config, get_backend("cpu"), STEPS, fuse(build_graph(config)))
     kernels = StepKernels(bench)
     parts = cut(bench.graph, VARIANTS[variant](bench.graph))
     first, *others = [part for part in parts if part.is_compiled]

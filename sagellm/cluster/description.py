@@ -48,7 +48,7 @@ class Limits:
     """Where the cluster says no, or not yet."""
 
     queue_max: int = 100_000  # requests that may wait in the control plane
-    dispatch_tokens_max: int = 0  # prompt tokens that an instance may hold not yet prefilled; 0: four steps' worth
+    dispatch_tokens_max: int = 0  # prompt tokens that an instance may hold not yet prefilled; 0: five steps' worth
     max_model_len: int = 0  # prompt and output tokens of one request; 0: as KV allows
     attempts_max: int = 3
 

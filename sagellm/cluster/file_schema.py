@@ -96,7 +96,7 @@ class LimitsSection(Section):
     """``limits``."""
 
     queue_max: CountOrUnlimited = 100_000
-    dispatch_tokens_max: CountOrUnlimited = 0  # four steps' worth of each instance
+    dispatch_tokens_max: CountOrUnlimited = 0  # five steps' worth of each instance
     max_model_len: Count | None = None
     attempts_max: Count = 3
 

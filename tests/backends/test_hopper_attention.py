@@ -36,14 +36,13 @@ def test_the_kernel_compiles(case: str) -> None:
 def compile_kernel(shape: HopperTiles, head_dim: int, group: int, block_size: int) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from backends.cuda.kernels import hopper_attention
+    from backends.cuda.kernels import hopper_attention, shared_layouts
 
     kernel = hopper_attention._hopper_attention._kernel
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    blocks = f"tensordesc<bf16[{block_size}, {hopper_attention.SWIZZLED.value}],{layout!r}>"
+    layout = shared_layouts.swizzled_layout()
+    blocks = f"tensordesc<bf16[{block_size}, {shared_layouts.SWIZZLED.value}],{layout!r}>"
     types = {
         **dict.fromkeys(("query", "out"), "*bf16"),
         **dict.fromkeys(("key_cache", "value_cache"), blocks),

@@ -92,14 +92,13 @@ def test_a_bias_of_zeros_changes_nothing_and_is_for_wide_weights_and_some_tens_o
 def compile_kernel(shape: ProductShape, has_bias: bool) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from backends.cuda.kernels import hopper_product
+    from backends.cuda.kernels import hopper_product, shared_layouts
 
     kernel = hopper_product._hopper_product._kernel
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    columns = hopper_product.SWIZZLED.value
+    layout = shared_layouts.swizzled_layout()
+    columns = shared_layouts.SWIZZLED.value
     types = {
         **dict.fromkeys(("out", "bias"), "*bf16"),
         "x": f"tensordesc<bf16[{shape.num_rows}, {columns}],{layout!r}>",

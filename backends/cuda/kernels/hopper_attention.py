@@ -25,10 +25,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from backends.cuda.kernels.kernel_launcher import KernelLauncher
 from backends.cuda.kernels.prompt_tiles import PromptTiles
+from backends.cuda.kernels.shared_layouts import SWIZZLED, swizzled_layout
 from backends.cuda.kernels.tile_shapes import HOPPER_ROWS, LOG2_E, HopperTiles
 
 GROUP_ROWS = gl.constexpr(64)  # of a group of four warps: what its products take
-SWIZZLED = gl.constexpr(64)  # columns of 16 bits that lie side by side in shared memory
 REGISTERS_OF_ATTENTION = gl.constexpr(232)
 REGISTERS_OF_COPIES = gl.constexpr(40)
 REGISTERS = 168  # of each thread on the average, the twelve warps of a program taken together
@@ -313,7 +313,7 @@ def hopper_attention(
     """
     _, block_size, num_kv_heads, head_dim = key_cache.shape
     group = query.shape[1] // head_dim // num_kv_heads
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    layout = swizzled_layout()
     slots = [cache.view(-1, num_kv_heads * head_dim) for cache in (key_cache, value_cache)]
     blocks = [TensorDescriptor.from_tensor(cache, [block_size, SWIZZLED.value], layout) for cache in slots]
     strides = (query.stride(0), out.stride(0), block_tables.stride(0))

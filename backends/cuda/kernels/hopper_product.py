@@ -29,9 +29,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from backends.cuda.kernels.kernel_launcher import KernelLauncher
+from backends.cuda.kernels.shared_layouts import SWIZZLED, swizzled_layout
 from backends.cuda.kernels.tile_shapes import PRODUCT_RUN, PRODUCT_TILE, ProductShape
 
-SWIZZLED = gl.constexpr(64)  # columns of 16 bits that lie side by side in shared memory
 REGISTERS_OF_COPIES = gl.constexpr(40)
 REGISTERS = 128
 
@@ -211,7 +211,7 @@ def hopper_product(
     """
     num_rows, width = x.shape
     num_columns = weight.shape[0]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    layout = swizzled_layout()
     blocks = [
         TensorDescriptor.from_tensor(tensor, [height, SWIZZLED.value], layout)
         for tensor, height in ((x, shape.num_rows), (weight, PRODUCT_TILE))

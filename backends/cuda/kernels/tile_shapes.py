@@ -1,6 +1,7 @@
 """How large the tiles of attention are, and how many programs share out the keys of decodes."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 _DOT_ROWS_MIN = 16  # of an operand of tl.dot, and the least of the dimension that it sums over
 LOG2_E = 1.4426950408889634
@@ -51,6 +52,7 @@ class ProductShape:
     num_programs: int
 
 
+@cache
 def product_shape(num_rows: int, num_columns: int, width: int, num_compute_units: int) -> ProductShape:
     """For x [num_rows, width] and a weight [num_columns, width]: one program to each multiprocessor, or nearly.
 

@@ -12,6 +12,12 @@ figures. A run takes as long as its load lasts and its last answer takes: about 
     python -m benchmarks.h200.serve_online OUT.json --cluster cpu-toy --limit 20 --runs 1
 
 tries it without a card; vLLM's figures are then left out.
+
+With ``--keep FOLDER`` the server's log and what the clients saw of each request stay there, in the order in which
+`python -m sim.calibration serving` takes them to fit a profile:
+
+    python -m sim.calibration serving --backend cuda --model Qwen/Qwen2.5-7B --device-profile h200/spec \
+        --log FOLDER/run.jsonl $(printf -- "--requests %s " FOLDER/*.csv) --out PROFILE
 """
 
 import argparse
@@ -137,7 +143,7 @@ def main(words: list[str] | None = None) -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         try:
-            report = measure(arguments, chosen, Path(folder))
+            report = measure(arguments, chosen, arguments.keep or Path(folder))
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 2
@@ -150,7 +156,8 @@ def main(words: list[str] | None = None) -> int:
 
 def measure(arguments: argparse.Namespace, cases: list[OnlineCase], folder: Path) -> OnlineReport:
     """Raises RuntimeError where the server does not start, or does not serve the warm-up."""
-    log_path = arguments.log or folder / "run.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    log_path = folder / "run.jsonl"
     options = tuple(arguments.serve_option)
     served = Served(arguments.cluster, log_path, arguments.model, arguments.port, options)
     with running_server(served) as server:
@@ -172,7 +179,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cluster", default=str(SERVING_CLUSTER), help="default: limits that simulation chose")
     parser.add_argument("--model", default="", help="instead of the cluster's")
     parser.add_argument("--port", type=int, default=8123)
-    parser.add_argument("--log", type=Path, help="keep the server's log there")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the log and the clients' records there")
     parser.add_argument("--serve-option", action="append", default=[], help="passed on to `sagellm serve`")
     for name, file in (("conversation", "conv_16"), ("code", "code_6")):
         default = DATA_FOLDER / f"vllm-0.22.1_qwen2.5-7b_online_{file}.csv"
@@ -193,7 +200,8 @@ def run_all(
     arguments: argparse.Namespace, cases: list[OnlineCase], base_url: str, folder: Path, report: OnlineReport
 ) -> None:
     """The warm-up, then every run of every case; a run that fails is noted, and the next one tried."""
-    warm_up = ("--limit", str(WARM_UP_REQUESTS), "--rate", str(WARM_UP_REQUESTS_PER_S))
+    warm_up = ["--limit", str(WARM_UP_REQUESTS), "--rate", str(WARM_UP_REQUESTS_PER_S)]
+    warm_up += ["--requests", str(folder / "00-warm-up.csv")]
     replay_on(base_url, str(getattr(arguments, cases[0].trace)), folder / "warm-up.json", warm_up, is_quiet=True)
     print(f"warmed up by {WARM_UP_REQUESTS} requests", flush=True)
     for case in cases:
@@ -201,9 +209,11 @@ def run_all(
         if arguments.limit is not None:
             options += ["--limit", str(arguments.limit)]
         for run in range(1, arguments.runs + 1):
-            json_path = folder / f"{case.name}-{run}.json"
+            name = f"{len(report.runs) + 1:02}-{case.name}-{run}"
+            recorded = [*options, "--requests", str(folder / f"{name}.csv")]
+            trace = str(getattr(arguments, case.trace))
             try:
-                document = replay_on(base_url, str(getattr(arguments, case.trace)), json_path, options, is_quiet=True)
+                document = replay_on(base_url, trace, folder / f"{name}.json", recorded, is_quiet=True)
                 report.runs.append(run_of(case.name, run, document))
             except RuntimeError as error:
                 report.runs.append(OnlineRun(case.name, run, {}, failure=str(error)))

@@ -34,6 +34,7 @@ from backends.cuda.kernels.tile_shapes import PRODUCT_RUN, PRODUCT_TILE, Product
 
 REGISTERS_OF_COPIES = gl.constexpr(40)
 REGISTERS = 128
+PARTS_AT_ONCE = gl.constexpr(4)  # that are on their way together
 
 
 @gluon.jit
@@ -146,9 +147,8 @@ def _multiply_runs(
             if is_written:
                 gl.store(counts + tile, 0)
                 result = gl.zeros([TILE, ROWS], gl.float32, layout)
-                parts_at_once: gl.constexpr = 4 if TILE * ROWS <= 4096 else 2
-                for first in range(first_program, last_program + 1, parts_at_once):
-                    for index in gl.static_range(parts_at_once):
+                for first in range(first_program, last_program + 1, PARTS_AT_ONCE):
+                    for index in gl.static_range(PARTS_AT_ONCE):
                         other = first + index
                         place = 2 * other + (tile * runs_each > _share_of(other, num_runs)).to(gl.int32)
                         part = parts + place.to(gl.int64) * (TILE * ROWS) + part_places
@@ -207,7 +207,8 @@ def hopper_product(
     """``x`` [num_rows, width] @ ``weight`` [num_columns, width] transposed + ``bias``: [num_rows, num_columns].
 
     All contiguous, of one type of 16 bits, the width a multiple of 8. ``tile_counts`` are int32 zeros, one for every
-    PRODUCT_TILE columns, and are zeros again afterwards: products that run at the same time need their own.
+    PRODUCT_TILE columns, and are zeros again afterwards: products that run at the same time need their own. The weight
+    must not be what the kernel just before writes.
     """
     num_rows, width = x.shape
     num_columns = weight.shape[0]

@@ -25,6 +25,7 @@ import torch
 
 from backends.base import HardwareBackend
 from backends.lowering.program import GraphProgram
+from backends.operators.registry import KernelRegistry
 from backends.registry import get_backend
 from backends.step_inputs import KVTensors, StepInputs
 from backends.weights.dummy import DummyWeights
@@ -139,7 +140,7 @@ class Bench:
         self.program = self.lowered(None)
         self.kv: KVTensors = make_kv(config, steps, self.device)
 
-    def lowered(self, kernels: AnnotatedKernels | None) -> GraphProgram:
+    def lowered(self, kernels: KernelRegistry | None) -> GraphProgram:
         where = (self.graph, self.weights, self.backend, self.device, self.num_positions)
         return lowered(*where, kernels=kernels)
 

@@ -1,12 +1,14 @@
 """What attention is measured on: batches of real models' shapes, their operands, and float32 rows to check against."""
 
 import itertools
+import random
 from dataclasses import dataclass
 
 import torch
 
 from backends.conformance.batches import HeadShape, inputs_on, step_inputs
 from backends.step_inputs import StepInputs
+from traces.generators.generate import generate
 
 BLOCK_SIZE = 16
 NUM_CHECKED_ROWS = 12
@@ -50,6 +52,17 @@ class AttentionCase:
         return all(rows == 1 for rows, _ in self.sequences)
 
 
+def conversation_contexts(num_decodes: int) -> list[int]:
+    """Context lengths of so many decodes at some moment of a conversation trace, long ones and short ones mixed.
+
+    A request is there the more often the longer its output is, and anywhere on its way.
+    """
+    trace = generate("azure-conv", num_requests=10 * num_decodes, seed=0)
+    rng = random.Random(0)
+    running = rng.choices(trace.requests, [request.num_output_tokens for request in trace.requests], k=num_decodes)
+    return [request.num_prompt_tokens + rng.randint(1, request.num_output_tokens) for request in running]
+
+
 def cases() -> list[AttentionCase]:
     """The most useful first, for a run that may not reach the end."""
 
@@ -76,6 +89,9 @@ def cases() -> list[AttentionCase]:
         large("prefill", "prompt of 2048", (2048, 2048)),
         large("decode", "32 x 8192", *((1, 8192),) * 32),
         large("chunk", "2048 of 32768", (2048, 32768)),
+        large("decode", "256 of conversations", *((1, context) for context in conversation_contexts(256))),
+        large("decode", "128 of conversations", *((1, context) for context in conversation_contexts(128))),
+        large("decode", "48 of conversations", *((1, context) for context in conversation_contexts(48))),
         small("prefill", "14 prompts of 560", *((560, 560),) * 14),
         small("decode", "256 x 1024", *((1, 1024),) * 256),
         large("decode", "16 x 16384", *((1, 16384),) * 16),

@@ -1,9 +1,10 @@
 """What an H200's limits on running requests and on a step's tokens would give, in simulation.
 
-    python -m benchmarks.h200.choose_limits [--conversation CSV] [--code CSV] [--jitter 5]
+    python -m benchmarks.h200.choose_limits [--profile FILE] [--conversation CSV] [--code CSV] [--jitter 5]
 
-The loads are those of ``serve_online``. Prices are those of vLLM's steps; steps are planned 2 ms ahead, as sageLLM does
-on a device. Each figure is the median over runs in which every request is sent up to a millisecond later.
+The loads are those of ``serve_online``. Prices are those of vLLM's steps, or a profile's that was fitted to a server's
+log (``serve_online --keep``); steps are planned 2 ms ahead, as sageLLM does on a device. Each figure is the median over
+runs in which every request is sent up to a millisecond later.
 """
 
 import argparse
@@ -22,13 +23,15 @@ from sim.report.summary import summarise
 from traces.reader import read_trace
 from traces.request_trace import Trace
 
-LIMITS = ((256, 8192), (512, 8192), (512, 4096), (512, 3072), (512, 2048))
+LIMITS = ((256, 8192), (512, 8192), (512, 4096), (512, 3072), (512, 2304), (512, 1792))
+VLLM_PROFILE = "h200/vllm-0.22.1-qwen2.5-7b"
 HEADINGS = ("TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "tokens/s")
 
 
-def figures(trace: Trace, max_num_seqs: int, max_num_batched_tokens: int) -> tuple[float, ...]:
+def figures(trace: Trace, profile: str, max_num_seqs: int, max_num_batched_tokens: int) -> tuple[float, ...]:
     """Milliseconds and output tokens per second, in the order of HEADINGS."""
     text = named_cluster_text("h200x1-vllm").replace("steps_in_flight: 2\n", "plan_lead: 2ms\n")
+    text = text.replace(VLLM_PROFILE, profile)
     text = text.replace("max_num_seqs: 256", f"max_num_seqs: {max_num_seqs}")
     text = text.replace("max_num_batched_tokens: 8192", f"max_num_batched_tokens: {max_num_batched_tokens}")
     cluster = sim_cluster(build_cluster(parse_cluster(text, source="limits", name="limits")))
@@ -48,6 +51,7 @@ def main() -> None:
     for name, file in (("conversation", "conv_16"), ("code", "code_6")):
         default = DATA_FOLDER / f"vllm-0.22.1_qwen2.5-7b_online_{file}.csv"
         parser.add_argument(f"--{name}", type=Path, default=default, help="CSV file of vLLM's run of that trace")
+    parser.add_argument("--profile", default=VLLM_PROFILE, help="what prices the steps (default: vLLM's)")
     parser.add_argument("--jitter", type=int, default=5, metavar="N", help="runs for each figure (default: 5)")
     options = parser.parse_args()
     conversation, code = (read_trace(path, seed=0) for path in (options.conversation, options.code))
@@ -55,7 +59,7 @@ def main() -> None:
     print(f"{'load':<16}{'seqs':>6}{'tokens':>8}" + "".join(f"{heading:>10}" for heading in HEADINGS))
     for name, trace in loads.items():
         for limits in LIMITS:
-            runs = [figures(jittered(trace, seed), *limits) for seed in range(options.jitter)]
+            runs = [figures(jittered(trace, seed), options.profile, *limits) for seed in range(options.jitter)]
             medians = "".join(f"{statistics.median(column):>10,.2f}" for column in zip(*runs, strict=True))
             print(f"{name:<16}{limits[0]:>6}{limits[1]:>8}{medians}", flush=True)
 

@@ -11,11 +11,10 @@ timed with the drawing of tokens; logits are compared with the hand-lowered grap
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from backends.registry import get_backend
 from backends.step_inputs import StepInputs
 from benchmarks.h200.attempt import attempted
 from benchmarks.h200.graph_parts import PartsProgram, between_attentions, cut, make_function, whole_layers
+from benchmarks.h200.json_file import write_json
 from benchmarks.h200.step_table import Bench, words_of
 from benchmarks.h200.timed_steps import Step, decode_step, greedy_drawing, median_ms, prefill_step, replayed_ms
 from sagellm.models.known_models import load_model_config
@@ -148,7 +148,7 @@ def main(words: list[str] | None = None) -> int:
             measure_step(bench, kernels, step, arguments, document, deadline_s)
             gc.collect()
             backend.release_cached_memory()
-    write(arguments.out, document)
+    write_json(arguments.out, document)
     print_table(document)
     return 1 if document.failures else 0
 
@@ -199,7 +199,7 @@ def measure_step(
 
         found.append(attempted(f"{variant}, {step.name}", call, document.failures))
     document.steps += [row for row in found if row is not None]
-    write(arguments.out, document)
+    write_json(arguments.out, document)
 
 
 def measure_compiled(
@@ -250,12 +250,6 @@ def timed(
 
 def relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(logits - expected) / torch.linalg.vector_norm(expected))
-
-
-def write(path: Path, document: Document) -> None:
-    """After every step, so that an interrupted run leaves what it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(document), indent=1) + "\n", encoding="utf-8")
 
 
 def line_of(row: CompiledStep) -> str:

@@ -8,20 +8,20 @@ graphs, both are launched). Prints medians and how far logits differ.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from backends.lowering.program import GraphProgram
-from backends.operators.registry import Kernel, KernelRegistry
+from backends.operators.registry import REFERENCE, Kernel, KernelRegistry
 from backends.registry import get_backend
 from backends.streams import DeviceGraph
 from benchmarks.h200.attempt import attempted
+from benchmarks.h200.json_file import write_json
 from benchmarks.h200.step_table import Bench, words_of
 from benchmarks.h200.timed_steps import Step, decode_step
 from sagellm.models.known_models import load_model_config
@@ -63,9 +63,7 @@ class WithTorchProducts(KernelRegistry):
     """A backend's kernels, but for its products."""
 
     def kernel(self, backend: str, operator: str) -> Kernel:
-        if operator == "linear":
-            self.leave_to_reference(backend, operator)
-        return super().kernel(backend, operator)
+        return super().kernel(REFERENCE if operator == "linear" else backend, operator)
 
 
 class Repeated:
@@ -112,7 +110,7 @@ def main(words: list[str] | None = None) -> int:
             if found is not None:
                 document.steps.append(found)
                 print(line_of(found), flush=True)
-            write(arguments.out, document)
+            write_json(arguments.out, document)
     print(f"\n{document.model} on {document.device}, torch {document.torch}\n{heading}")
     print("\n".join(map(line_of, document.steps)))
     return 1 if document.failures else 0
@@ -136,12 +134,6 @@ def compared(bench: Bench, plain: GraphProgram, step: Step) -> ComparedStep:
     own.let_go()
     other.let_go()
     return ComparedStep(step.num_seqs, own_ms, other_ms, float(difference))
-
-
-def write(path: Path, document: Document) -> None:
-    """After every step, so that an interrupted run leaves what it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(document), indent=1) + "\n", encoding="utf-8")
 
 
 def line_of(row: ComparedStep) -> str:

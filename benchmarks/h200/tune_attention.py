@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backends.cuda import operator_kernels
 from backends.cuda.kernels.decode_attention import decode_attention, share_out
+from backends.cuda.kernels.device_properties import num_compute_units
 from backends.cuda.kernels.hopper_attention import hopper_attention
 from backends.cuda.kernels.prefill_attention import prefill_attention
-from backends.cuda.kernels.prompt_attention import num_compute_units
 from backends.cuda.kernels.prompt_tiles import lay_out_tiles
 from backends.cuda.kernels.sampling import draw_tokens
 from backends.cuda.kernels.tile_shapes import HOPPER_ROWS, HopperTiles, TileShape

@@ -50,7 +50,7 @@ def _share_out(
     context_lens, starts, share_sequences, num_seqs, num_shares,
     KEYS: tl.constexpr, WINDOW: tl.constexpr, SEQUENCES: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """One program."""
+    """One program for all: every share is of the same number of tiles, but the last."""
     sequences = tl.arange(0, SEQUENCES)
     inside = sequences < num_seqs
     lens = tl.load(context_lens + sequences, mask=inside, other=0)

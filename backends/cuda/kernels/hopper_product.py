@@ -50,7 +50,7 @@ def _program_with(run, num_runs):
 
 
 @gluon.jit
-def _copy_half_runs(
+def _copy_run(
     source, first_row, first_column, ready, pages, stage, RUN: gl.constexpr,
 ):  # fmt: skip
     """Have a run of columns copied, SWIZZLED of them at a time."""
@@ -71,23 +71,19 @@ def _copy_runs(
     for count in range(num_first):
         run = begin + count
         mbarrier.expect(ready.index(count), (TILE + ROWS) * RUN * 2)
-        _copy_half_runs(
-            weight, run // runs_each * TILE, run % runs_each * RUN, ready.index(count), weight_pages, count, RUN
-        )
+        _copy_run(weight, run // runs_each * TILE, run % runs_each * RUN, ready.index(count), weight_pages, count, RUN)
     if EARLY:
         gdc_wait()
     for count in range(num_first):
         run = begin + count
-        _copy_half_runs(x, 0, run % runs_each * RUN, ready.index(count), x_pages, count, RUN)
+        _copy_run(x, 0, run % runs_each * RUN, ready.index(count), x_pages, count, RUN)
     for count in range(num_first, end - begin):
         run = begin + count
         stage, phase = count % STAGES, count // STAGES & 1
         mbarrier.wait(free.index(stage), phase ^ 1)
         mbarrier.expect(ready.index(stage), (TILE + ROWS) * RUN * 2)
-        _copy_half_runs(
-            weight, run // runs_each * TILE, run % runs_each * RUN, ready.index(stage), weight_pages, stage, RUN
-        )
-        _copy_half_runs(x, 0, run % runs_each * RUN, ready.index(stage), x_pages, stage, RUN)
+        _copy_run(weight, run // runs_each * TILE, run % runs_each * RUN, ready.index(stage), weight_pages, stage, RUN)
+        _copy_run(x, 0, run % runs_each * RUN, ready.index(stage), x_pages, stage, RUN)
 
 
 @gluon.jit

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from backends.cuda.kernels.decode_attention import DecodeShares, decode_attention, share_out
-from backends.cuda.kernels.prompt_attention import PromptRows, num_compute_units, prompt_attention
+from backends.cuda.kernels.device_properties import num_compute_units
+from backends.cuda.kernels.prompt_attention import PromptRows, prompt_attention
 from backends.cuda.kernels.tile_shapes import decode_tile, num_programs_wanted
 from backends.step_inputs import StepInputs
 

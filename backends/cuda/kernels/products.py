@@ -11,11 +11,10 @@ import torch
 from torch.nn import functional
 
 from backends.cuda.kernel_trial import why_it_fails
-from backends.cuda.kernels.prompt_attention import compute_capability, num_compute_units
+from backends.cuda.kernels.device_properties import HOPPER, compute_capability, num_compute_units
 from backends.cuda.kernels.tile_shapes import PRODUCT_TILE, product_shape
 
 _LOG = logging.getLogger(__name__)
-_HOPPER = 9  # major compute capability
 _ROWS_MAX = 32
 _WEIGHT_BYTES_MIN = 16 << 20  # smaller ones were not measured
 _TILES_MAX = 4096
@@ -54,7 +53,7 @@ def _is_faster_with_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:
     num_columns, width = weight.shape
     if not _ROWS_MAX < x.shape[0] <= _LT_ROWS_MAX or num_columns > width or x.dim() != 2:
         return False
-    return x.dtype in (torch.bfloat16, torch.float16) and compute_capability(x.device) == _HOPPER
+    return x.dtype in (torch.bfloat16, torch.float16) and compute_capability(x.device) == HOPPER
 
 
 @cache
@@ -65,7 +64,7 @@ def _zeros(device: torch.device, dtype: torch.dtype, num_columns: int) -> torch.
 @cache
 def _takes_hopper(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel for Hopper computes this here, which is tried once."""
-    if compute_capability(device) != _HOPPER:
+    if compute_capability(device) != HOPPER:
         return False
     if reason := why_it_fails(lambda: _try_hopper(device, dtype)):
         slower = "products of few rows take slower kernels than this device could run"

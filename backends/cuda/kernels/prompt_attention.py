@@ -7,12 +7,12 @@ from functools import cache
 import torch
 
 from backends.cuda.kernel_trial import why_it_fails
+from backends.cuda.kernels.device_properties import HOPPER, compute_capability, num_compute_units
 from backends.cuda.kernels.prefill_attention import prefill_attention
 from backends.cuda.kernels.prompt_tiles import PromptTiles, lay_out_tiles
 from backends.cuda.kernels.tile_shapes import HOPPER_ROWS, fit_hopper_tiles, hopper_tiles, prefill_tile
 
 _LOG = logging.getLogger(__name__)
-_HOPPER = 9  # major compute capability
 _HOLDING_LARGE_TILES = (9, 10)  # compute capabilities 8 and 12 have less shared memory, 8.0 itself 163 KiB
 
 
@@ -77,7 +77,7 @@ def prompt_attention(
 @cache
 def _takes_hopper(operands: _Operands) -> bool:
     """Whether the kernel for Hopper computes this here, which is tried once."""
-    if compute_capability(operands.device) != _HOPPER:
+    if compute_capability(operands.device) != HOPPER:
         return False
     if not fit_hopper_tiles(operands.head_dim, operands.group, operands.dtype.itemsize, operands.block_size):
         return False
@@ -100,15 +100,3 @@ def _try_hopper(operands: _Operands) -> None:
     tiles = lay_out_tiles(lengths[:2], lengths[2:], 1, HOPPER_ROWS // operands.group)
     where = (tiles, table, hopper_tiles(1), 1)
     hopper_attention(query, cache, cache, torch.empty_like(query), *where, scale=1.0)
-
-
-@cache
-def compute_capability(device: torch.device) -> int:
-    """The major one; of a CPU, which interprets kernels, none."""
-    return 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).major
-
-
-@cache
-def num_compute_units(device: torch.device) -> int:
-    """Multiprocessors; a CPU, which interprets, has one."""
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

@@ -32,12 +32,14 @@ class Arrivals(Call):
         self._followers: dict[int, list[int]] = {}
         self._due: list[int] = []  # requests with a recorded time, in its order
         self._next = 0
+        arrivals_ns: list[int] = []
         for index, request in enumerate(trace.requests):
+            arrivals_ns.append(request.arrival_ns)
             if request.previous is None:
                 self._due.append(index)
             else:
                 self._followers.setdefault(request.previous, []).append(index)
-        self._due.sort(key=self._arrival_ns)
+        self._due.sort(key=arrivals_ns.__getitem__)
 
     def start(self) -> None:
         """Arm the first arrival. To be called before the driver runs."""

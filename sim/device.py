@@ -13,11 +13,15 @@ from collections.abc import Callable
 from math import sqrt
 from typing import Final
 
+from sagellm.core.ends import SERIES_SPAN_FS_MAX, Ends
 from sagellm.core.messages import RunStep, StepFailed, StepFinished, StepProgressed
+from sagellm.core.repetition_ends import RepetitionEnds
 from sagellm.cost_model.step_cost import StepCostModel, StepFeatures
 from sim.environment import Call, CallQueue
 
 _FS_PER_NS: Final = 1_000_000  # femtoseconds, the unit of prices, in a nanosecond, the unit of the clock
+_HALF_BITS: Final = 24
+_LOW_HALF: Final = (1 << 24) - 1
 
 StepReport = StepFinished | StepProgressed | StepFailed
 
@@ -77,8 +81,11 @@ class _Launched:
         """When a repetition ends, in femtoseconds of the run."""
         if repetition == self.num_reported + 1:
             return self.base_fs + self.reported_end_fs + self.reported_period_fs
+        # The period in halves: compiled code multiplies small numbers only as the machine does.
+        high_fs, low_fs = self.period_fs >> _HALF_BITS, self.period_fs & _LOW_HALF
         growth_fs = self.growth_fs * (repetition * (repetition - 1) // 2)
-        return self.base_fs + self.offset_fs + repetition * self.period_fs + growth_fs
+        after_fs = ((repetition * high_fs) << _HALF_BITS) + repetition * low_fs + growth_fs
+        return self.base_fs + self.offset_fs + after_fs
 
     def first_end_from(self, now_ns: int) -> int:
         """The first repetition, 1 at least, that is over at ``now_ns`` or later."""
@@ -95,18 +102,25 @@ class _Launched:
             repetition -= 1
         return repetition
 
-    def take_ends_ns(self, up_to: int) -> tuple[int, ...]:
-        """When the repetitions not yet reported ended, up to and with ``up_to``."""
-        base_ns, growth_fs = self.base_ns, self.growth_fs
-        end_fs, period_fs = self.reported_end_fs, self.reported_period_fs
-        ends_ns = [0] * (up_to - self.num_reported)
-        for index in range(len(ends_ns)):
-            end_fs += period_fs
-            period_fs += growth_fs
-            ends_ns[index] = base_ns + (end_fs + _FS_PER_NS - 1) // _FS_PER_NS
-        self.num_reported += len(ends_ns)
-        self.reported_end_fs, self.reported_period_fs = end_fs, period_fs
-        return tuple(ends_ns)
+    def length_fs(self, repetition: int) -> int:
+        """How long a repetition takes, with the gap before it."""
+        return self.period_fs + self.growth_fs * (repetition - 1)
+
+    def take_ends(self, up_to: int, end_fs: int) -> Ends:
+        """When the repetitions not yet reported ended, up to and with ``up_to``, which did at ``end_fs`` of the run."""
+        num_before, before_fs = self.num_reported, self.reported_end_fs
+        count = up_to - num_before
+        if not count:
+            return ()
+        after_fs = end_fs - self.base_fs
+        self.num_reported, self.reported_end_fs = up_to, after_fs
+        self.reported_period_fs = self.length_fs(up_to + 1)
+        last_ns = self.base_ns + (after_fs + _FS_PER_NS - 1) // _FS_PER_NS
+        if count == 1:
+            return (last_ns,)
+        if after_fs - before_fs > SERIES_SPAN_FS_MAX:
+            return tuple([self.end_ns(num_before + 1 + index) for index in range(count)])
+        return RepetitionEnds(count, last_ns, -after_fs % _FS_PER_NS, self.length_fs(up_to), self.growth_fs)
 
 
 class SimDevice:
@@ -221,7 +235,7 @@ class SimDevice:
             launched = self._launched[0]
             num_done = launched.first_end_from(now_ns + 1) - 1
             if num_done > launched.num_reported:
-                ends_ns = launched.take_ends_ns(num_done)
+                ends_ns = launched.take_ends(num_done, launched.end_fs(num_done))
                 report = StepProgressed(launched.step.instance_id, launched.step.step_id, ends_ns)
         for launched in self._launched:
             launched.due = None
@@ -245,9 +259,10 @@ class SimDevice:
         """So many repetitions are over; one more is to be the last."""
         launched.is_open = False
         launched.due = None
-        ends_ns = launched.take_ends_ns(num_done)
+        ends_ns: Ends = ()
         if num_done:
-            self._last_end_fs = launched.base_fs + launched.reported_end_fs
+            self._last_end_fs = end_fs = launched.end_fs(num_done)
+            ends_ns = launched.take_ends(num_done, end_fs)
             self._ends_to_failure = min(self._ends_to_failure, 0)
         self._finish_at(launched, num_done + 1)
         step = launched.step
@@ -267,7 +282,7 @@ class SimDevice:
         assert first is launched
         if launched.ends_quietly:
             self._left_out_ns = at_ns
-            self._left_out_fs = launched.end_fs(launched.num_to_run - 1)
+            self._left_out_fs = end_fs - launched.length_fs(launched.num_to_run)
         launched.due = None  # or the two would keep each other alive
         self._last_end_fs = end_fs
         step = launched.step
@@ -277,7 +292,7 @@ class SimDevice:
             self._report(StepFailed(step.instance_id, step.step_id, "injected fault"), at_ns)
         else:
             self._ends_to_failure = min(self._ends_to_failure, 0)
-            ends_ns = launched.take_ends_ns(launched.num_to_run)
+            ends_ns = launched.take_ends(launched.num_to_run, end_fs)
             self._report(StepFinished(step.instance_id, step.step_id, ends_ns), at_ns)
 
 

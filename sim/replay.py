@@ -49,15 +49,16 @@ def replay(
     if keep_log or log_file is not None:
         configs = tuple(instance.config for instance in cluster.instances)
         log = LogWriter(LogHeader(cluster.name, trace.name, seed, cluster.control_plane, configs), log_file)
-    driver = SimDriver(cluster, seed=seed, log=log, check=check)
-    Arrivals(driver, trace, slo or LatencySLO(), on_progress).start()
     with garbage_collector_off():
+        driver = SimDriver(cluster, seed=seed, log=log, check=check)
+        Arrivals(driver, trace, slo or LatencySLO(), on_progress).start()
         driver.run()
+        metrics = driver.metrics.result()
     return ReplayResult(
         cluster=cluster,
         trace=trace,
         seed=seed,
-        metrics=driver.metrics.result(),
+        metrics=metrics,
         log_sha256=None if log is None else log.close(),
         wall_s=perf_counter() - started_s,
     )

@@ -47,6 +47,7 @@ class ControlPlane:
 
     def __init__(self, config: ControlPlaneConfig, rng: Rng) -> None:
         self.config = config
+        self._max_model_len, self._queue_max = config.max_model_len, config.queue_max
         self._queue = make_strategy(config.strategy)
         self._fleet = Fleet(config, rng)
         self._requests: dict[RequestId, AcceptedRequest] = {}
@@ -114,29 +115,30 @@ class ControlPlane:
                 assert_never(event)
 
     def _admit(self, spec: RequestSpec, effects: list[ControlPlaneEffect]) -> None:
-        if spec.request_id in self._requests:
+        request_id = spec.request_id
+        if request_id in self._requests:
             return  # its namesake goes on; the one terminal outcome of that id is still to come
-        if len(self._queue) >= self.config.queue_max:
+        if len(self._queue) >= self._queue_max:
             self._dispatch(effects)  # so that a burst is not refused while instances have room
         reason, retryable = self._refusal(spec)
         if reason is not None:
-            effects.append(RejectRequest(spec.request_id, reason, retryable))
+            effects.append(RejectRequest(request_id, reason, retryable))
             return
         request = AcceptedRequest(QueuedRequest(spec))
-        self._requests[spec.request_id] = request
+        self._requests[request_id] = request
         self._queue.push(request.queued)
 
     def _refusal(self, spec: RequestSpec) -> tuple[str | None, bool]:
         """Why a request cannot be accepted, and whether trying again later may help."""
-        num_tokens = spec.num_prompt_tokens + spec.max_output_tokens
-        if self.config.max_model_len and num_tokens > self.config.max_model_len:
-            return f"{_tokens_of(spec)} exceed max_model_len {self.config.max_model_len}", False
+        num_tokens, max_model_len = spec.num_prompt_tokens + spec.max_output_tokens, self._max_model_len
+        if max_model_len and num_tokens > max_model_len:
+            return f"{_tokens_of(spec)} exceed max_model_len {max_model_len}", False
         if not self._fleet.views:
             return "no instance is left to serve it", True
         if num_tokens > self._fleet.num_slots_max:
             return f"{_tokens_of(spec)} exceed the KV cache of every instance ({self._fleet.num_slots_max})", False
-        if len(self._queue) >= self.config.queue_max:
-            return f"the queue is full ({self.config.queue_max} requests)", True
+        if len(self._queue) >= self._queue_max:
+            return f"the queue is full ({self._queue_max} requests)", True
         return None, False
 
     def _prefilled(self, event: PrefillFinished, event_ns: int, effects: list[ControlPlaneEffect]) -> None:

@@ -16,7 +16,9 @@ from sagellm.core.config import ControlPlaneConfig, InstanceConfig
 from sagellm.core.identity import InstanceId
 from sagellm.core.messages import Effect, Event
 
-LOG_SCHEMA = 2
+LOG_SCHEMA = 3
+READABLE_SCHEMAS = (2, 3)
+"""In schema 2 the ends of repetitions were always listed, which they still may be."""
 _RECORDS_AT_ONCE = 64  # few enough that they are still in the processor's cache
 
 
@@ -95,8 +97,9 @@ def read_log(lines: Iterator[bytes], name: str) -> tuple[LogHeader, Iterator[Han
         header = msgspec.json.decode(first, type=LogHeader)
     except msgspec.MsgspecError as error:
         raise LogError(f"{name}, line 1: not the header of a sageLLM log ({error})") from None
-    if header.kind != "sagellm-log" or header.schema != LOG_SCHEMA:
-        raise LogError(f"{name}, line 1: schema {header.schema} of {header.kind!r}, this version reads {LOG_SCHEMA}")
+    if header.kind != "sagellm-log" or header.schema not in READABLE_SCHEMAS:
+        known = " and ".join(str(schema) for schema in READABLE_SCHEMAS)
+        raise LogError(f"{name}, line 1: schema {header.schema} of {header.kind!r}, this version reads {known}")
     return header, _records(lines, name)
 
 

@@ -22,6 +22,7 @@ from typing import final
 import msgspec
 
 from sagellm.core.config import Role
+from sagellm.core.ends import Ends
 from sagellm.core.identity import BlockId, InstanceId, RequestId, StepId, TransferId
 from sagellm.core.plan import StepPlan
 from sagellm.core.request import FinishReason, RequestSpec
@@ -217,7 +218,7 @@ class StepProgressed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     instance_id: InstanceId
     step_id: StepId
-    ends_ns: tuple[int, ...]
+    ends_ns: Ends
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
@@ -232,7 +233,7 @@ class StepFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     instance_id: InstanceId
     step_id: StepId
-    ends_ns: tuple[int, ...]
+    ends_ns: Ends
     token_ids: tuple[tuple[int, ...], ...] | None = None
     invalid_request_ids: tuple[RequestId, ...] = ()
 
@@ -299,7 +300,7 @@ class EmitTokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     instance_id: InstanceId
     step_id: StepId
     request_ids: tuple[RequestId, ...]
-    ends_ns: tuple[int, ...]
+    ends_ns: Ends
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
+from sagellm.core.ends import end_before_ns, last_end_ns, num_ends
 from sagellm.core.identity import InstanceId, RequestId, TransferId
 from sagellm.core.messages import (
     AssignRequest,
@@ -35,12 +36,14 @@ from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics
 
 _LAUNCH_COLUMNS: Final = 6
 _RETURN_COLUMNS: Final = 2
-_EMISSION_COLUMNS: Final = 4
+_SERIES_COLUMNS: Final = 5
+_FS_PER_NS: Final = 1_000_000
 _PENDING_MAX: Final = 256  # few enough that they are still in the processor's first cache when they are packed
-_UNSETTLED_MAX: Final = 65_536
+_UNSETTLED_MAX: Final = 8_192  # few enough that what they are worked out with stays in the second cache
 
 _Packed: TypeAlias = "bytes | array[int]"
 """Integers of eight bytes each."""
+_Column: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
 def _moved_to_array(packed: list[_Packed]) -> array[int]:
@@ -75,7 +78,7 @@ class _Integers:
         self._pack()
         return _moved_to_array(self._packed)
 
-    def take(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def take(self) -> _Column:
         """All integers so far; the column is empty then."""
         self._pack()
         taken = np.frombuffer(b"".join(self._packed), np.int64)
@@ -90,25 +93,32 @@ class _Integers:
 class _Gaps:
     """Gaps between tokens, each with how many requests saw it.
 
-    Emissions are kept as they come and turned into gaps many at a time, at C speed.
+    Those within a series are kept as it came, and worked out for many of them at a time, at C speed.
     """
 
-    __slots__ = ("_counts", "_emissions", "_ends_ns", "_gaps_ns", "_num_unsettled")
+    __slots__ = ("_counts", "_gaps_ns", "_num_unsettled", "_series", "_single")
 
     def __init__(self) -> None:
-        self._ends_ns = _Integers()  # times of the tokens, of one emission after the other
-        # A row for each emission: the time of the token before its first, how many tokens a request gets, how many
-        # requests have the first gap, and how many the others.
-        self._emissions = _Integers()
-        self._num_unsettled = 0  # tokens in them
+        self._single = _Integers()  # a gap, and how many saw it
+        # How many saw the gaps in it, how many these are, and what of `RepetitionEnds` they follow from.
+        self._series = _Integers()
+        self._num_unsettled = 0  # gaps in them
         self._gaps_ns: list[_Packed] = []
         self._counts: list[_Packed] = []
 
-    def add(self, last_ns: int, ends_ns: tuple[int, ...], num_first: int, num_requests: int) -> None:
-        num_ends = len(ends_ns)
-        self._ends_ns.extend(ends_ns)
-        self._emissions.extend((last_ns, num_ends, num_first, num_requests))
-        self._num_unsettled += num_ends
+    def add(self, gap_ns: int, num_requests: int) -> None:
+        """So many requests saw this gap."""
+        if num_requests:
+            self._single.extend((gap_ns, num_requests))
+            self._count(1)
+
+    def add_within(self, num_requests: int, num_gaps: int, early_fs: int, period_fs: int, growth_fs: int) -> None:
+        """So many requests saw the gaps between tokens of a series; see `RepetitionEnds`."""
+        self._series.extend((num_requests, num_gaps, early_fs, period_fs, growth_fs))
+        self._count(num_gaps)
+
+    def _count(self, num_gaps: int) -> None:
+        self._num_unsettled += num_gaps
         if self._num_unsettled > _UNSETTLED_MAX:
             self._settle()
 
@@ -119,18 +129,33 @@ class _Gaps:
 
     def _settle(self) -> None:
         """Work out the gaps of what is not settled."""
-        ends = self._ends_ns.take()
-        rows = self._emissions.take().reshape(-1, _EMISSION_COLUMNS)
-        last, lengths, num_first, num_requests = rows.T
-        firsts = np.cumsum(lengths) - lengths
-        gaps = np.diff(ends, prepend=0)
-        gaps[firsts] = ends[firsts] - last
-        counts = np.repeat(num_requests, lengths)
-        counts[firsts] = num_first
-        is_seen = counts > 0
-        self._gaps_ns.append(gaps[is_seen].tobytes())
-        self._counts.append(counts[is_seen].tobytes())
+        gaps_ns, counts = self._single.take().reshape(-1, 2).T
+        self._gaps_ns.append(gaps_ns.tobytes())
+        self._counts.append(counts.tobytes())
+        num_requests, num_gaps, early_fs, period_fs, growth_fs = self._series.take().reshape(-1, _SERIES_COLUMNS).T
+        self._gaps_ns.append(_gaps_within(num_gaps, early_fs, period_fs, growth_fs).tobytes())
+        self._counts.append(np.repeat(num_requests, num_gaps).tobytes())
         self._num_unsettled = 0
+
+
+def _gaps_within(num_gaps: _Column, early_fs: _Column, period_fs: _Column, growth_fs: _Column) -> _Column:
+    """The gaps of one series after the other, each from its last to its first; see `RepetitionEnds`."""
+    beyond = np.cumsum(num_gaps)
+    firsts = beyond - num_gaps
+    # A running sum of differences gives the femtoseconds between ends, and a running sum of these how long before the
+    # last each end was; where a series begins, the sum steps from the end of the one before it to the new beginning.
+    last_period_fs = period_fs - (num_gaps - 1) * growth_fs
+    last_before_fs = early_fs + (period_fs + last_period_fs) * num_gaps // 2
+    between_fs = np.repeat(-growth_fs, num_gaps)
+    between_fs[firsts] = np.diff(period_fs, prepend=0)
+    between_fs[firsts[1:]] += (period_fs - last_period_fs)[:-1]
+    before_fs = np.cumsum(between_fs, out=between_fs)
+    before_fs[firsts] += early_fs
+    before_fs[firsts[1:]] -= last_before_fs[:-1]
+    before_ns = np.cumsum(before_fs, out=before_fs) // _FS_PER_NS
+    gaps_ns: _Column = np.diff(before_ns, prepend=0)
+    gaps_ns[firsts] = before_ns[firsts]
+    return gaps_ns
 
 
 class _InstanceFold:
@@ -244,15 +269,16 @@ class MetricsFold:
         return instance
 
     def step_progressed(self, now_ns: int, event: StepProgressed) -> None:
-        num_ends = len(event.ends_ns)
-        self.metrics.num_steps += num_ends
-        self._instance(event.instance_id).num_progressed = num_ends
+        num_new = num_ends(event.ends_ns)
+        self.metrics.num_steps += num_new
+        self._instance(event.instance_id).num_progressed = num_new
 
     def step_finished(self, now_ns: int, event: StepFinished) -> None:
         ends_ns = event.ends_ns
-        self.metrics.num_steps += len(ends_ns)
+        num_new = num_ends(ends_ns)
+        self.metrics.num_steps += num_new
         instance = self._instance(event.instance_id)
-        instance.returns.extend((ends_ns[-1], len(ends_ns) + instance.num_progressed))
+        instance.returns.extend((last_end_ns(ends_ns), num_new + instance.num_progressed))
         instance.num_progressed = 0
 
     def _step_failed(self, now_ns: int, event: StepFailed) -> None:
@@ -277,12 +303,21 @@ class MetricsFold:
     def emitted(self, now_ns: int, effect: EmitTokens) -> None:
         instance_id, request_ids, ends_ns = effect.instance_id, effect.request_ids, effect.ends_ns
         instance = self._instance(instance_id)
-        num_in_lockstep = len(request_ids)
+        num_requests = num_in_lockstep = len(request_ids)
+        if isinstance(ends_ns, tuple):
+            first_ns, last_ns, num_gaps = ends_ns[0], ends_ns[-1], len(ends_ns) - 1
+            for index in range(num_gaps):
+                self._gaps.add(ends_ns[index + 1] - ends_ns[index], num_requests)
+        else:
+            last_ns, num_gaps = ends_ns.last_ns, ends_ns.count - 1
+            early_fs, period_fs, growth_fs = ends_ns.early_fs, ends_ns.period_fs, ends_ns.growth_fs
+            first_ns = end_before_ns(num_gaps, last_ns, early_fs, period_fs, growth_fs)
+            self._gaps.add_within(num_requests, num_gaps, early_fs, period_fs, growth_fs)
         if request_ids is not instance.request_ids:
-            num_in_lockstep -= self._change_lockstep(instance, instance_id, request_ids, ends_ns[0])
-        self._gaps.add(instance.last_ns, ends_ns, num_in_lockstep, len(request_ids))
-        instance.last_ns = ends_ns[-1]
-        instance.num_tokens += len(ends_ns)
+            num_in_lockstep -= self._change_lockstep(instance, instance_id, request_ids, first_ns)
+        self._gaps.add(first_ns - instance.last_ns, num_in_lockstep)
+        instance.last_ns = last_ns
+        instance.num_tokens += num_gaps + 1
 
     def _change_lockstep(
         self, instance: _InstanceFold, instance_id: InstanceId, request_ids: tuple[RequestId, ...], first_ns: int
@@ -302,7 +337,7 @@ class MetricsFold:
             if record.first_token_ns is None:
                 record.first_token_ns = first_ns
             else:
-                self._gaps.add(self._last_token_ns(request_id, record), (first_ns,), 1, 1)
+                self._gaps.add(first_ns - self._last_token_ns(request_id, record), 1)
             record.decode_instance = instance_id
             instance.joined_at[request_id] = instance.num_tokens
         instance.request_ids = request_ids

@@ -4,6 +4,7 @@ Two clocks count executions of steps: the scheduler's ``planned_clock`` those th
 device, ``done_clock`` here those that came back. Between polls they differ by what is in flight.
 """
 
+from sagellm.core.ends import Ends, num_ends
 from sagellm.core.identity import RequestId, StepId
 from sagellm.core.messages import StepFailed, StepFinished, StepProgressed
 from sagellm.core.plan import StepPlan, TokenChunk
@@ -47,7 +48,7 @@ class Return:
     def __init__(
         self,
         step: StepInFlight,
-        ends_ns: tuple[int, ...],
+        ends_ns: Ends,
         token_ids: TokenIds,
         done_clock: int,
         invalid_request_ids: tuple[RequestId, ...],
@@ -117,7 +118,7 @@ class StepsInFlight:
         if self._pace is not None:
             self._pace.ended(now_ns)
         step = self._steps[0]
-        if not step.num_quiet or len(event.ends_ns) != step.num_quiet:
+        if not step.num_quiet or num_ends(event.ends_ns) != step.num_quiet:
             self._came_back(event, event.invalid_request_ids, closes=True)
             return
         # The boundary before the last execution comes first: what follows must be planned as of then.
@@ -150,17 +151,17 @@ class StepsInFlight:
     ) -> None:
         step, ends_ns = self._steps[0], event.ends_ns
         assert step.step_id == event.step_id, f"step {event.step_id} came back before step {step.step_id}"
-        num_ends = len(ends_ns)
-        step.num_returned += num_ends
+        num_new = num_ends(ends_ns)
+        step.num_returned += num_new
         step.repeats = False
         num_committed = step.num_returned if closes else step.num_returned + 1
         if num_committed > step.num_committed:
             self._scheduler.commit(num_committed - step.num_committed)
             step.num_committed = num_committed
-        self.done_clock += num_ends
+        self.done_clock += num_new
         if closes:
             self._steps.pop(0)
-        if num_ends and not step.void:
+        if num_new and not step.void:
             self.returned.append(Return(step, ends_ns, event.token_ids, self.done_clock, invalid_request_ids))
 
     def failed_to_come_back(self, event: StepFailed, now_ns: int) -> None:

@@ -2,15 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import msgspec
 import pytest
 from hypothesis import given, settings
 
+from sagellm.core.ends import end_before_ns, last_end_ns, num_ends
 from sagellm.core.identity import InstanceId, RequestId, StepId
-from sagellm.core.messages import RunStep, StepFailed, StepFinished, StepProgressed
+from sagellm.core.messages import EmitTokens, RequestArrived, RunStep, StepFailed, StepFinished, StepProgressed
+from sagellm.core.metrics import MetricsFold
 from sagellm.core.plan import StepPlan
+from sagellm.core.repetition_ends import RepetitionEnds
+from sagellm.core.request import RequestSpec
 from sagellm.cost_model.step_cost import StepCost, StepFeatures
 from sim.device import SimDevice, StepReport, _Launched
 from sim.environment import CallQueue, FunctionCall
@@ -51,8 +56,51 @@ def test_ends_and_their_inverse(
     assert [launched.end_ns(i + 1) for i in range(len(naive))] == ends_ns
     now_ns = ends_ns[repetition - 1] + offset_ns
     assert launched.first_end_from(now_ns) == next(i + 1 for i, end_ns in enumerate(ends_ns) if end_ns >= now_ns)
-    in_two_parts = launched.take_ends_ns(repetition // 2) + launched.take_ends_ns(repetition)
-    assert in_two_parts == tuple(ends_ns[:repetition])
+    in_two_parts: list[int] = []
+    for up_to in (repetition // 2, repetition):
+        in_two_parts += launched.take_ends(up_to, launched.end_fs(up_to))
+    assert in_two_parts == ends_ns[:repetition]
+
+
+@given(
+    start_fs=st.integers(0, 10**15),
+    device_fs=st.integers(1_000_001, 10**10),
+    growth_fs=st.sampled_from([0, 1, 10**6, 10**9]),
+    num_before=st.integers(0, 9),
+    count=st.integers(2, 200),
+)
+def test_a_series_of_ends_is_the_list_of_them(
+    start_fs: int, device_fs: int, growth_fs: int, num_before: int, count: int
+) -> None:
+    launched = _Launched(step(0, 1000), start_fs, device_fs, growth_fs, 0, -1)
+    up_to = num_before + count
+    launched.take_ends(num_before, launched.end_fs(num_before))
+    series = launched.take_ends(up_to, launched.end_fs(up_to))
+    assert isinstance(series, RepetitionEnds)
+    ends_ns = [launched.end_ns(num_before + 1 + index) for index in range(count)]
+    assert list(series) == ends_ns
+    assert num_ends(series) == len(series) == count
+    assert last_end_ns(series) == series[-1] == ends_ns[-1]
+    assert [series[index - count] for index in range(count)] == ends_ns
+    for index in (count, -count - 1):
+        with pytest.raises(IndexError, match=f"of {count} ends"):
+            series[index]
+    parts = series.last_ns, series.early_fs, series.period_fs, series.growth_fs
+    assert [end_before_ns(count - 1 - index, *parts) for index in range(count)] == ends_ns
+    fold = MetricsFold()
+    fold.observe(0, RequestArrived(RequestSpec(RequestId("a"), 0, 1, 1000)))
+    fold.observe(ends_ns[-1], EmitTokens(ME, StepId(0), (RequestId("a"),), series))
+    metrics = fold.result()
+    assert sorted(metrics.itl_ns) == sorted(later - earlier for earlier, later in pairwise(ends_ns))
+    assert list(metrics.itl_count) == [1] * (count - 1)
+    assert metrics.requests[RequestId("a")].first_token_ns == ends_ns[0]
+
+
+def test_ends_too_far_apart_for_a_series_are_listed() -> None:
+    """Repetitions of ten minutes each."""
+    launched = _Launched(step(0, 10), 0, 600 * 10**15, 10**9, 0, -1)
+    ends_ns = launched.take_ends(5, launched.end_fs(5))
+    assert ends_ns == tuple(600 * 10**9 * (i + 1) + i * (i + 1) // 2 * 1000 for i in range(5))
 
 
 class OneCost:
@@ -217,5 +265,5 @@ def test_a_device_that_halts_tells_what_had_ended(depth: int) -> None:
     bench._plan()
     while bench.calls.run_instant():
         pass
-    assert [report and report.ends_ns for report in reports] == [(10, 20, 30)]
+    assert [report and tuple(report.ends_ns) for report in reports] == [(10, 20, 30)]
     assert bench.ends_ns == []

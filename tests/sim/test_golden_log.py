@@ -9,14 +9,17 @@ import io
 from itertools import zip_longest
 from pathlib import Path
 
+import msgspec
 from random_runs import LinearCost, make_cluster
 
 from sagellm.core.config import HandoverStart, InstanceConfig, Role
 from sagellm.core.identity import InstanceId, RequestId
 from sagellm.core.log import LogHeader, LogWriter
 from sagellm.core.messages import RequestArrived
+from sagellm.core.repetition_ends import RepetitionEnds
 from sagellm.core.request import LatencySLO
 from sagellm.cost_model.link import Link
+from sagellm.log_replay import replay_log
 from sim.arrivals import request_spec
 from sim.cluster import SimCluster
 from sim.driver import SimDriver
@@ -82,8 +85,35 @@ def test_the_log_is_the_stored_one() -> None:
         assert then == now, f"{GOLDEN.name}, line {number}; see this file's docstring for how to renew it"
 
 
+def test_a_log_of_schema_2_can_be_replayed() -> None:
+    """It lists all ends."""
+    listed, num_series = [], 0
+    for line in GOLDEN.read_bytes().splitlines():
+        record = msgspec.json.decode(line)
+        if isinstance(record, dict):
+            record["schema"] = 2
+        else:
+            for message in record[2] if isinstance(record[2], list) else [record[2]]:
+                if isinstance(message.get("ends_ns"), dict):
+                    message["ends_ns"] = list(msgspec.convert(message["ends_ns"], RepetitionEnds))
+                    num_series += 1
+        listed.append(msgspec.json.encode(record) + b"\n")
+    assert num_series
+    result = replay_log(iter(listed), "log")
+    assert result.difference is None
+    assert result.num_polls
+
+
 def test_it_shows_what_it_should() -> None:
-    kinds = (b"TransferKV", b"HandoverFinished", b"StepProgressed", b"StepFailed", b"InstanceLost", b"AbortRequest")
+    kinds = (
+        b"early_fs",
+        b"TransferKV",
+        b"HandoverFinished",
+        b"StepProgressed",
+        b"StepFailed",
+        b"InstanceLost",
+        b"AbortRequest",
+    )
     text = GOLDEN.read_bytes()
     assert not [kind for kind in kinds if kind not in text]
 

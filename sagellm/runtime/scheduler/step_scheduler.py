@@ -82,15 +82,15 @@ class StepScheduler:
         for clock in range(first, first + min(num_executions, block_size)):
             growing = by_growth[clock % block_size]
             if growing:
-                self._grow(growing, (num_executions - (clock - first) - 1) // block_size + 1)
+                self._grow(growing, (self.planned_clock - clock) // block_size + 1)
         if self.decodes.members:
             self._drain_fully_planned()
 
     def _grow(self, growing: dict[RequestId, LocalRequest], num_blocks: int) -> None:
         kv, new_block_ids = self.kv, self._new_block_ids
-        for request_id, request in growing.items():
+        for request in growing.values():
             assert request.blocks is not None
-            new_block_ids.append((request_id, kv.grow(request.blocks, num_blocks)))
+            new_block_ids.append((request.request_id, kv.grow(request.blocks, num_blocks)))
 
     # --- queues ---------------------------------------------------------------------------------
 

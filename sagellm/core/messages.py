@@ -27,22 +27,27 @@ from sagellm.core.identity import BlockId, InstanceId, RequestId, StepId, Transf
 from sagellm.core.plan import StepPlan
 from sagellm.core.request import FinishReason, RequestSpec
 
+
+class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, gc=False):
+    """What is told names others by their ids, so there are no cycles that a garbage collector could find."""
+
+
 # --- from the world to the control plane -----------------------------------------------------------
 
 
 @final
-class RequestArrived(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class RequestArrived(_Message, frozen=True):
     request: RequestSpec
 
 
-class RequestCancelled(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class RequestCancelled(_Message, frozen=True):
     """The client went away, or has all that it wanted (``reason`` stop: a stop string was found in the text)."""
 
     request_id: RequestId
     reason: FinishReason = FinishReason.ABORT
 
 
-class InstanceJoined(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class InstanceJoined(_Message, frozen=True):
     """An instance is ready to serve."""
 
     instance_id: InstanceId
@@ -52,7 +57,7 @@ class InstanceJoined(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     max_num_batched_tokens: int
 
 
-class EmittedOutput(msgspec.Struct, frozen=True):
+class EmittedOutput(msgspec.Struct, frozen=True, gc=False):
     """What a client had received of one request when its instance was lost."""
 
     request_id: RequestId
@@ -60,7 +65,7 @@ class EmittedOutput(msgspec.Struct, frozen=True):
     output_token_ids: tuple[int, ...] | None = None
 
 
-class InstanceLost(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class InstanceLost(_Message, frozen=True):
     """An instance died.
 
     ``emitted`` has the output that clients already have of each unfinished request that the instance
@@ -75,7 +80,7 @@ class InstanceLost(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 @final
-class AssignRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class AssignRequest(_Message, frozen=True):
     """Serve this request. With ``hand_over`` the instance prefills it and passes its KV on."""
 
     instance_id: InstanceId
@@ -85,7 +90,7 @@ class AssignRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     output_token_ids: tuple[int, ...] | None = None
 
 
-class ReserveKV(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class ReserveKV(_Message, frozen=True):
     """To a decode instance: make room for this request's KV, then say so to ``source_instance_id``.
 
     ``attempt`` numbers the hand-overs of one request; answers to an older attempt are stale.
@@ -98,7 +103,7 @@ class ReserveKV(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     num_output_tokens: int = 0  # emitted before, by an instance that was lost: they are prefilled too
 
 
-class AbortRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class AbortRequest(_Message, frozen=True):
     """Stop this request wherever it is. Answered by ``RequestFinished`` where it was still there."""
 
     instance_id: InstanceId
@@ -106,7 +111,7 @@ class AbortRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     reason: FinishReason = FinishReason.ABORT
 
 
-class ReleaseKV(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class ReleaseKV(_Message, frozen=True):
     """To a decode instance: the hand-over of that attempt is off; give its room back."""
 
     instance_id: InstanceId
@@ -114,14 +119,14 @@ class ReleaseKV(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     attempt: int
 
 
-class SourceLost(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class SourceLost(_Message, frozen=True):
     """To an instance: that prefill instance died; give back all room that waits for KV from it."""
 
     instance_id: InstanceId
     lost_instance_id: InstanceId
 
 
-class DecodeHere(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class DecodeHere(_Message, frozen=True):
     """To a prefill instance: no decode instance can take this request; go on with it yourself."""
 
     instance_id: InstanceId
@@ -131,7 +136,7 @@ class DecodeHere(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 # --- messages: instance to instance -----------------------------------------------------------------
 
 
-class KVReserved(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class KVReserved(_Message, frozen=True):
     """From a decode instance to the prefill instance: these blocks wait for the request's KV.
 
     ``block_ids[i]`` takes the KV of the request's logical block ``first_block_index + i``; earlier
@@ -146,7 +151,7 @@ class KVReserved(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     block_ids: tuple[BlockId, ...]
 
 
-class HandoverFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class HandoverFinished(_Message, frozen=True):
     """From the prefill to the decode instance: all KV is there; the request is yours."""
 
     instance_id: InstanceId  # the receiver: the decode instance
@@ -161,7 +166,7 @@ class HandoverFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True
 
 
 @final
-class PrefillFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class PrefillFinished(_Message, frozen=True):
     """The request's prompt is computed and its first token is out."""
 
     request_id: RequestId
@@ -169,7 +174,7 @@ class PrefillFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True)
 
 
 @final
-class RequestFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class RequestFinished(_Message, frozen=True):
     """The request ended on this instance; nothing of it runs there any more.
 
     The control plane gives it itself where a lost instance had sent all output, but not this.
@@ -181,7 +186,7 @@ class RequestFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True)
     num_output_tokens: int
 
 
-class RequestMoved(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class RequestMoved(_Message, frozen=True):
     """The request's KV has left ``instance_id``; it decodes on ``target_instance_id`` from now on.
 
     ``attempt`` is that of the reservation: the target may have been lost, and be back and reserved once more.
@@ -195,7 +200,7 @@ class RequestMoved(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     output_token_ids: tuple[int, ...] | None = None
 
 
-class HandoverFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class HandoverFailed(_Message, frozen=True):
     """The KV could not be moved. The prefill instance still holds it and waits to be told."""
 
     request_id: RequestId
@@ -209,7 +214,7 @@ class HandoverFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 @final
-class StepProgressed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class StepProgressed(_Message, frozen=True):
     """Some repetitions of a repeated step are over, exactly one more is under way and is the last.
 
     ``ends_ns`` are the times at which the repetitions ended since the step was launched; it may be
@@ -223,7 +228,7 @@ class StepProgressed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 @final
-class StepFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class StepFinished(_Message, frozen=True):
     """A step is over: ``len(ends_ns)`` repetitions, less those that ``StepProgressed`` told of.
 
     ``token_ids`` has one tuple for each of the plan's ``sampled_request_ids``, of one token for each
@@ -238,7 +243,7 @@ class StepFinished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     invalid_request_ids: tuple[RequestId, ...] = ()
 
 
-class StepFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class StepFailed(_Message, frozen=True):
     """A step gave nothing: its requests' KV of this step must not be trusted."""
 
     instance_id: InstanceId
@@ -246,11 +251,11 @@ class StepFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     reason: str
 
 
-class KVTransferred(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class KVTransferred(_Message, frozen=True):
     transfer_id: TransferId
 
 
-class KVTransferFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class KVTransferFailed(_Message, frozen=True):
     """The transfer is over and did not succeed. Nothing writes to its blocks any more."""
 
     transfer_id: TransferId
@@ -260,7 +265,7 @@ class KVTransferFailed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True
 # --- effects ----------------------------------------------------------------------------------------
 
 
-class RejectRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class RejectRequest(_Message, frozen=True):
     """Tell the client that its request is not served; its one terminal outcome."""
 
     request_id: RequestId
@@ -269,7 +274,7 @@ class RejectRequest(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 @final
-class RunStep(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class RunStep(_Message, frozen=True):
     """Run this plan, up to ``repeat_max`` times back to back, each request gaining a token each time.
 
     A driver ends the repetition at the first step boundary after an event for the instance. With two
@@ -294,7 +299,7 @@ class RunStep(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 @final
-class EmitTokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class EmitTokens(_Message, frozen=True):
     """Send tokens to clients: each of these requests got one token at each of these times."""
 
     instance_id: InstanceId
@@ -304,7 +309,7 @@ class EmitTokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     token_ids: tuple[tuple[int, ...], ...] | None = None
 
 
-class TransferKV(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class TransferKV(_Message, frozen=True):
     """Copy whole blocks between instances. ``source_block_ids[i]`` goes to ``target_block_ids[i]``."""
 
     transfer_id: TransferId
@@ -316,7 +321,7 @@ class TransferKV(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     num_bytes: int
 
 
-class CancelTransfer(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+class CancelTransfer(_Message, frozen=True):
     """Stop a transfer. It is closed as ever, by whichever of its two events is true."""
 
     transfer_id: TransferId

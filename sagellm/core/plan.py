@@ -9,7 +9,7 @@ import msgspec
 from sagellm.core.identity import BlockId, RequestId
 
 
-class TokenChunk(msgspec.Struct, frozen=True, omit_defaults=True):
+class TokenChunk(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Some consecutive tokens of one request, other than a lone decode token."""
 
     request_id: RequestId
@@ -18,7 +18,7 @@ class TokenChunk(msgspec.Struct, frozen=True, omit_defaults=True):
     samples: bool  # true where the chunk reaches the request's last known token, so a new one comes out
 
 
-class StepPlan(msgspec.Struct, frozen=True, omit_defaults=True):
+class StepPlan(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One forward pass, in integers only.
 
     ``decode_request_ids`` get one token each and sample one each. ``new_block_ids`` extends block

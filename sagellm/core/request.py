@@ -17,14 +17,14 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-class LatencySLO(msgspec.Struct, frozen=True, omit_defaults=True):
+class LatencySLO(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Limits that one request must keep, all of them, to count towards goodput; None: no limit."""
 
     ttft_ns: int | None = None
     tpot_ns: int | None = None
 
 
-class RequestSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+class RequestSpec(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One request.
 
     The prompt's identity, for prefix reuse, comes in one of two forms, or not at all:

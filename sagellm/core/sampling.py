@@ -3,7 +3,7 @@
 import msgspec
 
 
-class SamplingParameters(msgspec.Struct, frozen=True, omit_defaults=True):
+class SamplingParameters(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One request's wishes, in the meaning that OpenAI's API and vLLM give them.
 
     A request is drawn with its own ``seed`` and the position of the token, and nothing else: neither

@@ -15,7 +15,7 @@ from sagellm.core.messages import RunStep, StepFailed, StepFinished
 from sagellm.core.request import RequestSpec
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The log-probabilities at one output token, the drawn token first, then the most likely ones in order.
 
     ``ranks[i]`` is 1 for the most likely token of all. Natural logarithms, of the distribution before
@@ -27,7 +27,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     ranks: tuple[int, ...]
 
 
-class StepOutcome(msgspec.Struct, frozen=True):
+class StepOutcome(msgspec.Struct, frozen=True, gc=False):
     """A step came back: what the machine is told, and what only clients want to know."""
 
     event: StepFinished | StepFailed

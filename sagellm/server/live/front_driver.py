@@ -8,6 +8,7 @@ streams as they come.
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
@@ -52,6 +53,8 @@ from sagellm.server.live.wire import Deliver, FromInstance, OutgoingEffect, Peer
 
 _LOG = logging.getLogger(__name__)
 
+_WOKEN_AT_ONCE = 32  # readers: what they write takes a millisecond or two
+
 ABORT_S = 5.0
 """How long aborted requests may take to end before the instances are stopped all the same."""
 
@@ -79,6 +82,8 @@ class LiveEngine:
         self._told: dict[InstanceId, dict[RequestId, None]] = {each: {} for each in self._instances}
         self._inbox: list[ControlPlaneEvent] = []
         self._outbox: dict[InstanceId, list[MessageToInstance]] = {}
+        self._to_wake: deque[RequestStream] = deque()  # they have tokens to read
+        self._wakes_soon = False
         self._turn_is_due = False
         self._num_turns = 0
         self._is_started = False
@@ -326,11 +331,29 @@ class LiveEngine:
     def _emit(self, emit: EmitTokens, turn: Turn) -> None:
         assert emit.token_ids is not None, "a device gives real tokens"
         logprobs = turn.logprobs.get(emit.step_id)
-        streams = self._streams
         for request_id, token_ids in zip(emit.request_ids, emit.token_ids, strict=True):
-            stream = streams.get(request_id)
-            if stream is not None:
+            stream = self._streams.get(request_id)
+            if stream is None:
+                continue
+            # First tokens go first: behind those of everybody who decodes they would be late by all of their writing.
+            if stream.output_token_ids:
+                self._to_wake.append(stream)
                 stream.push(token_ids, () if logprobs is None else logprobs.get(request_id, ()))
+            else:
+                stream.push(token_ids, () if logprobs is None else logprobs.get(request_id, ()))
+                stream.wake()
+        if self._to_wake and not self._wakes_soon:
+            self._wakes_soon = True
+            self._loop.call_soon(self._wake_some)
+
+    def _wake_some(self) -> None:
+        """Let some readers go on, and the others after what has come meanwhile, such as a new request."""
+        to_wake, num_woken = self._to_wake, 0
+        while to_wake and num_woken < _WOKEN_AT_ONCE:
+            num_woken += to_wake.popleft().wake()
+        self._wakes_soon = bool(to_wake)
+        if to_wake:
+            self._loop.call_soon(self._wake_some)
 
     def _on_lost(self, instance_id: InstanceId, reason: str) -> None:
         """Nothing that the instance said is still to come; clients have what `emitted` says."""

@@ -47,24 +47,24 @@ class RequestStream:
     # --- the front's side ------------------------------------------------------------------------------
 
     def push(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
-        """The request got these tokens."""
+        """The request got these tokens. Who waits for them is to be told, by `wake`, when others can wait no more."""
         self.output_token_ids.extend(token_ids)
         if logprobs:
             self._logprobs.extend(logprobs[: len(token_ids)])
-        self._wake()
 
     def end(self, outcome: RequestOutcome) -> None:
         """Its one end."""
         assert self._outcome is None, f"I3: {self.request.request_id} ended twice"
         self._outcome = outcome
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
+    def wake(self) -> bool:
+        """Let the reader go on; False: it did not wait."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is None or waiter.done():
+            return False
+        waiter.set_result(None)
+        return True
 
     # --- the reader's side -----------------------------------------------------------------------------
 

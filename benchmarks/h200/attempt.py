@@ -10,7 +10,7 @@ Found = TypeVar("Found")
 def attempted(case: str, call: Callable[[], Found], failures: list[str]) -> Found | None:
     """What ``call`` gives; None where it failed, which one line then says, here and in ``failures``.
 
-    Whoever measures on a lent device must not lose the other cases to one. What compilers, drivers and
+    A measurement must not lose its other cases to one. What compilers, drivers and
     libraries raise has no common base class.
     """
     try:

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,7 +107,7 @@ def main(words: list[str] | None = None) -> int:
         plain = bench.lowered(WithTorchProducts())
         print(heading := f"{'rows':>6}{'own ms':>10}{'torch ms':>10}{'gain':>8}{'logits differ':>15}")
         for step in steps:
-            found = attempted(step.name, lambda step=step: compared(bench, plain, step), document.failures)  # type: ignore[misc]
+            found = attempted(step.name, partial(compared, bench, plain, step), document.failures)
             if found is not None:
                 document.steps.append(found)
                 print(line_of(found), flush=True)

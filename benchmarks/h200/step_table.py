@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -173,7 +174,7 @@ def main(words: list[str] | None = None) -> int:
     bench = Bench(config, backend, steps, select_rows_early(fuse(build_graph(config))))
     print(f"{document.model} on {document.device}, torch {document.torch}: {len(steps)} steps", flush=True)
     for step in steps:
-        row = attempted(step.name, lambda step=step: measured(bench, step, arguments), document.failures)  # type: ignore[misc]
+        row = attempted(step.name, partial(measured, bench, step, arguments), document.failures)
         if row is not None:
             document.steps.append(row)
             print(line_of(row), flush=True)
@@ -249,7 +250,7 @@ def profile_steps(bench: Bench, steps: list[Step], arguments: argparse.Namespace
             path = kept.with_name(f"{kept.stem}.{step.name.replace(' ', '-')}{kept.suffix or '.json'}")
             found = attempted(
                 f"profile of {step.name}",
-                lambda step=step, path=path: profiled(bench, program, step, path),  # type: ignore[misc]
+                partial(profiled, bench, program, step, path),
                 document.failures,
             )
             if found is not None:

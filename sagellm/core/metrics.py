@@ -37,7 +37,7 @@ from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics
 _LAUNCH_COLUMNS: Final = 6
 _RETURN_COLUMNS: Final = 2
 _SERIES_COLUMNS: Final = 5
-_FS_PER_NS: Final = 1_000_000
+_FS_PER_NS: Final = 1_000_000  # femtoseconds, the unit of prices, in a nanosecond, the unit of the clock
 _PENDING_MAX: Final = 256  # few enough that they are still in the processor's first cache when they are packed
 _UNSETTLED_MAX: Final = 8_192  # few enough that what they are worked out with stays in the second cache
 

@@ -7,7 +7,7 @@ import asyncio
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from backends.executor_settings import ExecutorSettings
 from backends.null.executor import NullExecutor, made_up_token_id
@@ -165,7 +165,7 @@ def run_simulated(cluster: Cluster, script: Script) -> RunRecords:
     instances = tuple(SimInstance(config, OneMillisecond()) for config in cluster.instances)
     driver = SimDriver(SimCluster("test", cluster.control_plane, instances, link), seed=0, log=log, check=True)
     for at_ms, spec in script.arrivals:
-        driver.at(round(at_ms * 1e6), lambda spec=spec: driver.submit(RequestArrived(spec)))  # type: ignore[misc]
+        driver.at(round(at_ms * 1e6), partial(driver.submit, RequestArrived(spec)))
     for at_ms, request_id, reason in script.cancels:
         event = RequestCancelled(request_id, reason)
         driver.at(round(at_ms * 1e6), lambda event=event: driver.submit(event))  # type: ignore[misc]

@@ -1,5 +1,6 @@
 """The window of prompts that an instance is given keeps its steps full, however long prompts are beside its steps."""
 
+from functools import partial
 from random import Random
 
 import pytest
@@ -20,7 +21,7 @@ def finished_ns(requests: list[RequestSpec], dispatch_tokens_max: int) -> int:
     instance = InstanceConfig(InstanceId("m"), 20_000, max_num_seqs=64, max_num_batched_tokens=STEP_TOKENS)
     driver = SimDriver(make_cluster(instance, cost=LinearCost(), dispatch_tokens_max=dispatch_tokens_max), seed=0)
     for spec in requests:
-        driver.at(spec.arrival_ns, lambda spec=spec: driver.submit(RequestArrived(spec)))  # type: ignore[misc]
+        driver.at(spec.arrival_ns, partial(driver.submit, RequestArrived(spec)))
     driver.run()
     records = driver.metrics.metrics.requests.values()
     assert all(record.finish_reason is not None for record in records)

@@ -6,6 +6,7 @@ Where a change of decisions is meant, renew it and read the difference before it
 """
 
 import io
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def run_log() -> list[bytes]:
     driver = SimDriver(small, seed=0, log=log, check=True)
     for index, request in enumerate(REQUESTS):
         spec = request_spec(index, request, request.arrival_ns, 16, LatencySLO(200 * MILLISECOND))
-        driver.at(request.arrival_ns, lambda spec=spec: driver.submit(RequestArrived(spec)))  # type: ignore[misc]
+        driver.at(request.arrival_ns, partial(driver.submit, RequestArrived(spec)))
     arm_faults(driver, FAULTS)
     driver.run()
     log.close()

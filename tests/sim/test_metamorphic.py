@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from random import Random
@@ -149,7 +150,7 @@ def renamed_run(cluster: SimCluster, trace: Trace, name: dict[int, str], seed: i
     for index, request in enumerate(trace.requests):
         spec = request_spec(index, request, request.arrival_ns, trace.content_block_size, LatencySLO(100_000_000))
         spec = msgspec.structs.replace(spec, request_id=RequestId(name[index]))
-        driver.at(request.arrival_ns, lambda spec=spec: driver.submit(RequestArrived(spec)))  # type: ignore[misc]
+        driver.at(request.arrival_ns, partial(driver.submit, RequestArrived(spec)))
     driver.run()
     records = driver.metrics.metrics.requests
     return {index: records[RequestId(name[index])] for index in range(len(trace.requests))}
@@ -187,7 +188,7 @@ def logged_run(seed: int) -> bytes:
     driver = SimDriver(cluster, seed=seed, log=log)
     for index, request in enumerate(trace.requests):
         spec = request_spec(index, request, request.arrival_ns, trace.content_block_size, LatencySLO(100_000_000))
-        driver.at(request.arrival_ns, lambda spec=spec: driver.submit(RequestArrived(spec)))  # type: ignore[misc]
+        driver.at(request.arrival_ns, partial(driver.submit, RequestArrived(spec)))
     arm_faults(driver, faults)
     driver.run()
     log.close()

@@ -335,13 +335,13 @@ class LiveEngine:
             stream = self._streams.get(request_id)
             if stream is None:
                 continue
+            is_first = not stream.output_token_ids
+            stream.push(token_ids, () if logprobs is None else logprobs.get(request_id, ()))
             # First tokens go first: behind those of everybody who decodes they would be late by all of their writing.
-            if stream.output_token_ids:
-                self._to_wake.append(stream)
-                stream.push(token_ids, () if logprobs is None else logprobs.get(request_id, ()))
-            else:
-                stream.push(token_ids, () if logprobs is None else logprobs.get(request_id, ()))
+            if is_first:
                 stream.wake()
+            else:
+                self._to_wake.append(stream)
         if self._to_wake and not self._wakes_soon:
             self._wakes_soon = True
             self._loop.call_soon(self._wake_some)

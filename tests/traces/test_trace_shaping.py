@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from traces.errors import TraceError
@@ -13,6 +13,8 @@ from traces.shaping import limit, mean_rate, poissonise, scale_rate, set_rate
 from traces.statistics import index_of_dispersion
 
 SECOND = 1_000_000_000
+LAST_ARRIVAL_MAX_NS = 1 << 62  # 146 years
+YEAR_NS = 366 * 86_400 * SECOND
 
 
 @st.composite
@@ -33,6 +35,15 @@ def timed_traces(draw: st.DrawFn) -> Trace:
         for index, arrival_ns in enumerate(arrivals)
     )
     return Trace("t", requests, content_block_size=16, source="here", notes=("a note",))
+
+
+LATE_PAIR = Trace(
+    "late",
+    tuple(TraceRequest(YEAR_NS + after_ns, 1, 1) for after_ns in (0, 1000)),
+    content_block_size=16,
+    source="here",
+)
+"""Stretched to a low rate it would begin after more years than times can count."""
 
 
 def rest(trace: Trace) -> list[tuple[object, ...]]:
@@ -62,7 +73,13 @@ def test_scaling_divides_the_time_axis_and_keeps_the_rest(trace: Trace, factor: 
 
 @settings(max_examples=40)
 @given(trace=timed_traces(), rate=st.floats(0.001, 1000))
+@example(trace=LATE_PAIR, rate=0.001)
 def test_setting_a_rate_gives_that_mean_rate(trace: Trace, rate: float) -> None:
+    stretch = (len(trace.requests) - 1) * SECOND / rate / span_ns(trace)
+    if trace.requests[-1].arrival_ns * stretch > LAST_ARRIVAL_MAX_NS:
+        with pytest.raises(TraceError, match="146 years"):
+            set_rate(trace, rate)
+        return
     shaped = set_rate(trace, rate)
     assert rest(shaped) == rest(trace)
     assert span_ns(shaped) == pytest.approx((len(trace.requests) - 1) * SECOND / rate, rel=1e-9, abs=2)

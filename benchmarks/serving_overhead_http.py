@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ INSTANCE_ID = InstanceId("free-0")
 CONCURRENCY_IN_A_ROW = 32
 TOKENS_IN_A_ROW = 16
 WARM_UP_REQUESTS = 200
+SIDE_BY_SIDE_TOKENS_MIN = 50
 EVENT_START = b'data: {"id"'
 TEXT = b"The quick brown fox jumps over the lazy dog. "
 
@@ -197,7 +198,7 @@ class StreamsResult:
     tokens_per_s: float
     cpu_us_per_token: float | None
     first_token_s_max: float
-    progress_of_slowest: float | None  # over the fastest's, from all begun to the first end; None: never all at once
+    progress_of_slowest: float | None  # over the fastest's, from all begun to the first end; None: too short to tell
     rss_peak_mib: float | None
 
 
@@ -219,6 +220,13 @@ async def stream_at_once(load: Load, num_streams: int) -> tuple[list[StreamClien
     return clients, progress if were_all_at_once else []
 
 
+def progress_of_slowest(progress: Sequence[int]) -> float | None:
+    """Over the fastest's; None where the streams were side by side for too few tokens to compare."""
+    if max(progress, default=0) < SIDE_BY_SIDE_TOKENS_MIN:
+        return None
+    return min(progress) / max(progress)
+
+
 def measure_streams(url: str, use: "UseOf", num_streams: int, num_tokens: int, is_chat: bool) -> StreamsResult:
     load = load_of(url, num_tokens, is_chat)
     before, start_s = use(), time.perf_counter()
@@ -237,7 +245,7 @@ def measure_streams(url: str, use: "UseOf", num_streams: int, num_tokens: int, i
         tokens_per_s=total / wall_s,
         cpu_us_per_token=(after.cpu_s - before.cpu_s) / total * 1e6 if known else None,
         first_token_s_max=max(client.first_event_s for client in clients),
-        progress_of_slowest=min(progress) / max(progress) if progress else None,
+        progress_of_slowest=progress_of_slowest(progress),
         rss_peak_mib=after.rss_peak_kib / 1024 if known else None,
     )
 
@@ -324,7 +332,7 @@ def report(streams: StreamsResult, in_a_row: InARowResult) -> str:
         lines.append(f"  {streams.rss_peak_mib:.0f} MiB at most")
     lines.append(f"  {streams.first_token_s_max:.2f} s until the last stream had its first token")
     if streams.progress_of_slowest is None:
-        lines.append("  the first streams ended before the last had begun")
+        lines.append("  the streams were hardly ever side by side: give them more tokens")
     else:
         lines.append(f"  slowest stream at {streams.progress_of_slowest:.2f} of the fastest's pace")
     lines.append(f"{in_a_row.num_requests:,} requests of {TOKENS_IN_A_ROW} tokens, {CONCURRENCY_IN_A_ROW} at a time")

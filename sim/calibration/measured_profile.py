@@ -16,7 +16,10 @@ PROCESSORS_FILE = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What was measured, and how. ``device_profile`` names the profile whose device sheet is taken over."""
+    """What was measured, and how. ``device_profile`` names the profile whose device sheet is taken over.
+
+    ``hardware`` and ``software`` are told where another machine was measured than this one; empty: this one is asked.
+    """
 
     model: str
     backend: str
@@ -25,6 +28,9 @@ class Measurement:
     source: str
     fit_error: str
     notes: tuple[str, ...] = ()
+    name: str = ""  # empty: the backend's measured profile
+    hardware: str = ""
+    software: str = ""
 
 
 def measured_profile(
@@ -34,9 +40,9 @@ def measured_profile(
     device = load_profile(measurement.device_profile)
     return FittedProfile(
         header=ProfileHeader(
-            name=f"{measurement.backend}/measured",
-            hardware=hardware_name(measurement.backend, measurement.num_threads),
-            engine=f"sageLLM {__version__}, {measurement.backend} backend{_torch_version(measurement.backend)}",
+            name=measurement.name or f"{measurement.backend}/measured",
+            hardware=measurement.hardware or hardware_name(measurement.backend, measurement.num_threads),
+            engine=f"sageLLM {__version__}, {measurement.backend} backend{_software(measurement)}",
             date=time.strftime("%Y-%m-%d"),
             source=measurement.source,
             status="measured",
@@ -73,8 +79,10 @@ def _processor_names() -> Sequence[str]:
     return [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
 
 
-def _torch_version(backend: str) -> str:
-    if backend == "none":
+def _software(measurement: Measurement) -> str:
+    if measurement.software:
+        return f", {measurement.software}"
+    if measurement.backend == "none":
         return ""
     import torch
 

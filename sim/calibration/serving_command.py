@@ -1,6 +1,7 @@
 """``python -m sim.calibration serving``: a profile of a model as it is served, from a server's log."""
 
 import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sim.calibration.measured_profile import Measurement, measured_profile
@@ -9,18 +10,20 @@ from sim.calibration.served_log import plan_lead_ns_of, read_replays
 from sim.calibration.serving_fit import ServedReplay, ServingFit, fit_serving, read_client_ttft_ms
 from sim.calibration.table_fit import errors_text
 
+HELD_BACK = "-"
 SOURCE = "python -m sim.calibration serving: steps of a server under replayed load, from its log"
 
 
-def serving_measurement(
-    model: str, backend: str, device_profile: str, num_threads: int, fit: ServingFit
-) -> Measurement:
+def serving_measurement(options: argparse.Namespace, fit: ServingFit) -> Measurement:
     """What the profile says of itself."""
     return Measurement(
-        model=model,
-        backend=backend,
-        device_profile=device_profile,
-        num_threads=num_threads,
+        model=options.model,
+        backend=options.backend,
+        device_profile=options.device_profile or f"{options.backend}/spec",
+        num_threads=options.num_threads,
+        name=options.name,
+        hardware=options.hardware,
+        software=options.software,
         source=SOURCE,
         fit_error=errors_text(fit.errors),
         notes=(
@@ -38,28 +41,32 @@ def add_serving_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
     parser.add_argument("--backend", default="cpu", help="what ran it (default: cpu)")
     parser.add_argument("--device-profile", metavar="NAME", help="whose device sheet to take over")
     parser.add_argument("--num-threads", type=int, default=0, help="of the CPU backend, as `sagellm serve` had it")
-    parser.add_argument("--log", type=Path, required=True, help="what `sagellm serve --log` wrote")
+    parser.add_argument("--name", default="", help="the profile's name (default: BACKEND/measured)")
+    parser.add_argument("--hardware", default="", help="the device's name, where the log is another machine's")
+    parser.add_argument("--software", default="", help='likewise, what the backend ran on, as "torch 2.11.0"')
     parser.add_argument(
-        "--requests",
+        "--log",
         type=Path,
         action="append",
         required=True,
+        metavar="FILE",
+        help="what `sagellm serve --log` wrote (repeatable)",
+    )
+    parser.add_argument(
+        "--requests",
+        action="append",
+        required=True,
         metavar="CSV",
-        help="what `sagellm replay --on URL --requests` wrote, one for each replay of the log, in their order",
+        help="what `sagellm replay --on URL --requests` wrote, one for each replay of the logs, in their order; "
+        f"{HELD_BACK} for a replay that the fit is not to see",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="PROFILE", help="the profile to write")
 
 
 def _fit_serving(options: argparse.Namespace) -> None:
-    replays = list(read_replays(options.log).values())
-    if len(replays) != len(options.requests):
-        given = len(options.requests)
-        raise ValueError(f"{options.log}: holds {len(replays)} replays, but --requests was given {given} times")
-    clients = [read_client_ttft_ms(path) for path in options.requests]
-    fit = fit_serving([ServedReplay(logged, ttft_ms) for logged, ttft_ms in zip(replays, clients, strict=True)])
-    device_profile = options.device_profile or f"{options.backend}/spec"
-    measurement = serving_measurement(options.model, options.backend, device_profile, options.num_threads, fit)
-    request_ns, lead_ns = round(fit.request_us * 1e3), plan_lead_ns_of(options.log)
+    fit = fit_serving(list(_served_replays(options.log, options.requests)))
+    measurement = serving_measurement(options, fit)
+    request_ns, lead_ns = round(fit.request_us * 1e3), max(map(plan_lead_ns_of, options.log))
     write_profile(measured_profile(measurement, fit.table, request_ns, lead_ns), options.out)
     for errors in fit.errors:
         print(
@@ -67,3 +74,14 @@ def _fit_serving(options: argparse.Namespace) -> None:
             f"|error| p50 {errors.median_absolute:.1%}, p90 {errors.p90_absolute:.1%}"
         )
     print(f"request  {fit.request_us:.0f} us on its way in and out (median of {fit.num_requests})\nwrote {options.out}")
+
+
+def _served_replays(logs: Sequence[Path], requests: Sequence[str]) -> Iterator[ServedReplay]:
+    """Those that are not held back. Raises ValueError unless every replay has its requests, or ``HELD_BACK``."""
+    replays = [replay for log in logs for replay in read_replays(log).values()]
+    if len(replays) != len(requests):
+        names = ", ".join(map(str, logs))
+        raise ValueError(f"{names}: {len(replays)} replays, but --requests was given {len(requests)} times")
+    for logged, path in zip(replays, requests, strict=True):
+        if path != HELD_BACK:
+            yield ServedReplay(logged, read_client_ttft_ms(Path(path)))

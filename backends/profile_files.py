@@ -149,6 +149,8 @@ class _PricesNs(_Part):
     chunk_context_ns: NonNegative
     host_base_ns: NonNegative
     host_seq_ns: NonNegative
+    sustained_extra_permille: Annotated[int, Field(ge=0)] = 0
+    sustained_ns: Annotated[int, Field(ge=1)] = 1
 
 
 class _FittedFile(_Part):
@@ -245,6 +247,8 @@ def _fitted(parsed: _FittedFile) -> FittedProfile:
         chunk_context_fs=_fs(prices.chunk_context_ns),
         host_base_fs=_fs(prices.host_base_ns),
         host_seq_fs=_fs(prices.host_seq_ns),
+        sustained_extra_permille=prices.sustained_extra_permille,
+        sustained_ns=prices.sustained_ns,
     )
     return FittedProfile(
         header=ProfileHeader(**parsed.header.model_dump()),

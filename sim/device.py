@@ -145,6 +145,7 @@ class SimDevice:
         self._left_out_fs = 0
         self._is_left_out_cut = False  # an event came since then: that step is not repeated
         self._left_out_slowdown = 0  # as it was then; 0: it has not changed
+        self._prefilling_ns = 0  # how long steps with chunks have followed each other
         self._slowdown = 1  # a straggler's device takes so many times as long
         self._ends_to_failure = -1  # executions still to end well before one fails; -1: none is to fail
 
@@ -152,11 +153,14 @@ class SimDevice:
         """Queue a step behind those in flight."""
         plan, repeat_max = step.plan, step.repeat_max
         chunks = plan.chunks
+        if not self._launched and _to_ns(self._device_free_fs) < now_ns:
+            self._prefilling_ns = 0
         cost = self._cost_model.step_cost(
             StepFeatures(
                 len(plan.decode_request_ids),
                 plan.num_decode_context_tokens,
                 tuple([(chunk.num_tokens, chunk.num_computed_tokens) for chunk in chunks]) if chunks else (),
+                self._prefilling_ns,
             )
         )
         host_fs = cost.host_fs
@@ -171,6 +175,7 @@ class SimDevice:
             num_max = 1 if self._is_left_out_cut else num_max
         if slowdown != 1:
             device_fs, growth_fs = device_fs * slowdown, growth_fs * slowdown
+        self._prefilling_ns = self._prefilling_ns + device_fs // _FS_PER_NS if chunks else 0
         ready_fs = max(launched_fs, self._host_free_fs) + host_fs
         self._host_free_fs = ready_fs
         start_fs = max(ready_fs, self._device_free_fs)

@@ -20,6 +20,10 @@ class StepPriceTable:
     their padded number of sequences plus ``decode_context_fs`` for each KV token read. Any other step
     costs ``mixed_base_fs`` at its padded number of tokens, plus terms for what its attention reads, and
     never less than ``mixed_floor_fs``, the time that its launch takes.
+
+    A device that multiplies without a break slows down, as its power is limited: a step with chunks costs
+    ``sustained_extra_permille`` more once such steps have kept it busy for ``sustained_ns``, and in proportion
+    less before.
     """
 
     graph_sizes: tuple[int, ...]
@@ -35,6 +39,8 @@ class StepPriceTable:
     chunk_context_fs: int  # at least this for each earlier KV token of a chunk's request
     host_base_fs: int
     host_seq_fs: int
+    sustained_extra_permille: int = 0
+    sustained_ns: int = 1
 
     def __post_init__(self) -> None:
         for knots in (self.decode_num_seqs, self.mixed_num_tokens):
@@ -44,6 +50,8 @@ class StepPriceTable:
             raise ValueError("decode_num_seqs, decode_base_fs and decode_context_fs must be equally long")
         if len(self.mixed_num_tokens) != len(self.mixed_base_fs):
             raise ValueError("mixed_num_tokens and mixed_base_fs must be equally long")
+        if self.sustained_ns < 1:
+            raise ValueError(f"sustained_ns must be 1 or more: {self.sustained_ns}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,8 @@ class TabulatedStepCost:
             self._mixed_by_num_tokens[num_tokens] = base_fs
         num_seqs = num_decode_seqs + len(chunks)
         device_fs = max(table.mixed_floor_fs, base_fs + attention_fs + table.mixed_seq_fs * num_seqs)
+        if table.sustained_extra_permille:
+            device_fs += device_fs * sustained_permille(table, features.prefilling_ns) // 1000
         host_fs = table.host_base_fs + table.host_seq_fs * num_seqs
         return StepCost(device_fs, 0, host_fs, linear_repeat_max=1)
 
@@ -101,6 +111,11 @@ def chunk_attention_fs(table: StepPriceTable, num_tokens: int, num_computed_toke
     """
     double_pairs = num_tokens * (2 * num_computed_tokens + num_tokens)
     return max(table.token_pair_fs * double_pairs // 2, table.chunk_context_fs * num_computed_tokens)
+
+
+def sustained_permille(table: StepPriceTable, prefilling_ns: int) -> int:
+    """How much more a step with chunks costs after so long a time of others."""
+    return table.sustained_extra_permille * min(prefilling_ns, table.sustained_ns) // table.sustained_ns
 
 
 def padded_size(graph_sizes: tuple[int, ...], size: int) -> int:

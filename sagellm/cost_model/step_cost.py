@@ -21,6 +21,7 @@ class StepFeatures(msgspec.Struct, frozen=True, gc=False):
     num_decode_seqs: int  # requests that get one token
     num_decode_context_tokens: int  # KV tokens that these read, summed, before this step
     chunks: tuple[tuple[int, int], ...] = ()  # (num_tokens, num_computed_tokens) of every other request
+    prefilling_ns: int = 0  # for how long steps with chunks have followed each other right before this one
 
 
 class StepCost(msgspec.Struct, frozen=True, gc=False):

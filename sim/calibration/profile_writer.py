@@ -41,7 +41,7 @@ def profile_json(profile: AnalyticProfile | FittedProfile) -> dict[str, Json]:
 def _prices_json(table: StepPriceTable) -> dict[str, Json]:
     prices: dict[str, Json] = {}
     for name, value in asdict(table).items():
-        if name == "graph_sizes":
+        if name == "graph_sizes" or (name.startswith("sustained") and not table.sustained_extra_permille):
             continue
         if name.endswith("_fs"):
             name, value = name.removesuffix("_fs") + "_ns", _nanoseconds(value)

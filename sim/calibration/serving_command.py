@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sim.calibration.measured_profile import Measurement, measured_profile
@@ -14,16 +15,15 @@ HELD_BACK = "-"
 SOURCE = "python -m sim.calibration serving: steps of a server under replayed load, from its log"
 
 
-def serving_measurement(options: argparse.Namespace, fit: ServingFit) -> Measurement:
+def serving_measurement(
+    model: str, backend: str, device_profile: str, num_threads: int, fit: ServingFit
+) -> Measurement:
     """What the profile says of itself."""
     return Measurement(
-        model=options.model,
-        backend=options.backend,
-        device_profile=options.device_profile or f"{options.backend}/spec",
-        num_threads=options.num_threads,
-        name=options.name,
-        hardware=options.hardware,
-        software=options.software,
+        model=model,
+        backend=backend,
+        device_profile=device_profile,
+        num_threads=num_threads,
         source=SOURCE,
         fit_error=errors_text(fit.errors),
         notes=(
@@ -44,6 +44,7 @@ def add_serving_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
     parser.add_argument("--name", default="", help="the profile's name (default: BACKEND/measured)")
     parser.add_argument("--hardware", default="", help="the device's name, where the log is another machine's")
     parser.add_argument("--software", default="", help='likewise, what the backend ran on, as "torch 2.11.0"')
+    parser.add_argument("--note", action="append", default=[], help="to be kept in the profile (repeatable)")
     parser.add_argument(
         "--log",
         type=Path,
@@ -65,7 +66,15 @@ def add_serving_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
 
 def _fit_serving(options: argparse.Namespace) -> None:
     fit = fit_serving(list(_served_replays(options.log, options.requests)))
-    measurement = serving_measurement(options, fit)
+    device_profile = options.device_profile or f"{options.backend}/spec"
+    measurement = serving_measurement(options.model, options.backend, device_profile, options.num_threads, fit)
+    measurement = replace(
+        measurement,
+        name=options.name,
+        hardware=options.hardware,
+        software=options.software,
+        notes=(*options.note, *measurement.notes),
+    )
     request_ns, lead_ns = round(fit.request_us * 1e3), max(map(plan_lead_ns_of, options.log))
     write_profile(measured_profile(measurement, fit.table, request_ns, lead_ns), options.out)
     for errors in fit.errors:

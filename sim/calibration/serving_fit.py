@@ -14,7 +14,8 @@ from pathlib import Path
 
 from sagellm.cost_model.price_table import StepPriceTable, TabulatedStepCost
 from sim.calibration.served_log import LoggedReplay
-from sim.calibration.table_fit import StepErrors, fit_table, price_us, step_errors
+from sim.calibration.sustained_fit import fit_sustained_table
+from sim.calibration.table_fit import StepErrors, price_us, step_errors
 from sim.calibration.timed_steps import TimedStep
 
 REQUESTS_MIN = 5
@@ -61,7 +62,7 @@ def fit_serving(replays: Sequence[ServedReplay]) -> ServingFit:
             f"{num_requests} requests are in both the log and the client's records; the fit needs "
             f"{REQUESTS_MIN} or more"
         )
-    return adjusted(ServingFit(fit_table(steps), 0.0, len(steps), num_requests, ()), replays)
+    return adjusted(ServingFit(fit_sustained_table(steps), 0.0, len(steps), num_requests, ()), replays)
 
 
 def adjusted(fit: ServingFit, replays: Sequence[ServedReplay]) -> ServingFit:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from sagellm.core.messages import RunStep, StepFinished
 from sagellm.core.plan import StepPlan
 from sagellm.cost_model.step_cost import StepFeatures
@@ -55,6 +57,7 @@ class StepTimer:
         self.steps: list[TimedStep] = []
         self._launched: dict[int, _Launched] = {}
         self._previous_end_ns = 0
+        self._prefilling_ns = 0
 
     @property
     def num_in_flight(self) -> int:
@@ -69,7 +72,11 @@ class StepTimer:
         launched = self._launched.pop(event.step_id)
         (end_ns,) = event.ends_ns
         start_ns = self._previous_end_ns if launched.follows else max(launched.launched_ns, self._previous_end_ns)
+        if start_ns > self._previous_end_ns:
+            self._prefilling_ns = 0
+        features = replace(launched.features, prefilling_ns=self._prefilling_ns)
+        self._prefilling_ns = self._prefilling_ns + end_ns - start_ns if features.chunks else 0
         self._previous_end_ns = end_ns
-        step = TimedStep(launched.features, (end_ns - start_ns) / 1e3, core_us)
+        step = TimedStep(features, (end_ns - start_ns) / 1e3, core_us)
         self.steps.append(step)
         return step

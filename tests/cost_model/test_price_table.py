@@ -32,6 +32,8 @@ def price_tables(draw: st.DrawFn) -> StepPriceTable:
         chunk_context_fs=draw(SMALL),
         host_base_fs=draw(SMALL),
         host_seq_fs=draw(SMALL),
+        sustained_extra_permille=draw(st.integers(0, 300)),
+        sustained_ns=draw(st.integers(1, 10**9)),
     )
 
 
@@ -107,6 +109,22 @@ def test_shipped_prices_grow_with_what_is_asked(shipped: TabulatedStepCost) -> N
 def test_padding_makes_neighbouring_batches_cost_the_same(shipped: TabulatedStepCost) -> None:
     costs = {shipped.step_cost(StepFeatures(num_seqs, 0)).device_fs for num_seqs in range(33, 41)}
     assert len(costs) == (1 if shipped.table.graph_sizes else 8)
+
+
+@given(price_tables(), st.integers(0, 2 * 10**9), st.integers(0, 10**9))
+def test_steps_with_chunks_cost_more_the_longer_they_have_gone_on(
+    table: StepPriceTable, prefilling_ns: int, longer_ns: int
+) -> None:
+    """Up to ``sustained_extra_permille`` more, and never less; decodes cost the same."""
+    model = TabulatedStepCost(table, "measured", 0)
+
+    def price_fs(after_ns: int, chunks: tuple[tuple[int, int], ...] = ((100, 50),)) -> int:
+        return model.step_cost(StepFeatures(3, 300, chunks, after_ns)).device_fs
+
+    first_fs = price_fs(0)
+    assert first_fs <= price_fs(prefilling_ns) <= price_fs(prefilling_ns + longer_ns)
+    assert price_fs(table.sustained_ns + longer_ns) == first_fs + first_fs * table.sustained_extra_permille // 1000
+    assert price_fs(prefilling_ns, ()) == price_fs(0, ())
 
 
 def test_tables_that_do_not_fit_together_are_refused() -> None:

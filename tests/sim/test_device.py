@@ -13,10 +13,11 @@ from sagellm.core.ends import end_before_ns, last_end_ns, num_ends
 from sagellm.core.identity import InstanceId, RequestId, StepId
 from sagellm.core.messages import EmitTokens, RequestArrived, RunStep, StepFailed, StepFinished, StepProgressed
 from sagellm.core.metrics import MetricsFold
-from sagellm.core.plan import StepPlan
+from sagellm.core.plan import StepPlan, TokenChunk
 from sagellm.core.repetition_ends import RepetitionEnds
 from sagellm.core.request import RequestSpec
 from sagellm.cost_model.step_cost import StepCost, StepFeatures
+from sim.calibration.timed_steps import StepTimer
 from sim.device import SimDevice, StepReport, _Launched
 from sim.environment import CallQueue, FunctionCall
 
@@ -246,6 +247,49 @@ def test_the_host_hides_behind_the_device_only_with_two_steps_in_flight() -> Non
     slow_host = StepCost(2_000_000, 0, 5_000_000)
     assert Bench(slow_host, 2, 4, 1).run([]) == [7, 12, 17, 22]
     assert Bench(slow_host, 1, 4, 1).run([]) == [7, 14, 21, 28]
+
+
+class WhatItWasAsked(OneCost):
+    """Remembers for how long steps with chunks had gone on."""
+
+    def __init__(self, cost: StepCost) -> None:
+        super().__init__(cost)
+        self.prefilling_ns: list[int] = []
+
+    def step_cost(self, features: StepFeatures) -> StepCost:
+        self.prefilling_ns.append(features.prefilling_ns)
+        return super().step_cost(features)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("slowdown", [1, 3])
+def test_a_series_of_steps_with_chunks_lasts_until_a_decode_or_a_pause(depth: int, slowdown: int) -> None:
+    """And the timer that reads logs for calibration says the same of each step."""
+    cost, calls, timer = WhatItWasAsked(StepCost(10_000_000, 0, 0)), CallQueue(), StepTimer()
+    device = SimDevice(cost, depth, calls, lambda report, _: timed(report))
+    device.slow_down(slowdown, 0)
+    chunk = (TokenChunk(RequestId("b"), 5, 0, False),)
+    plans = [StepPlan((RequestId("a"),), 1, each, ()) for each in (chunk, chunk, chunk, (), chunk, chunk)]
+    waiting = [RunStep(ME, StepId(index), plan) for index, plan in enumerate(plans)]
+
+    def timed(report: StepReport) -> None:
+        assert isinstance(report, StepFinished)
+        timer.finished(report)
+        launch()
+
+    def launch() -> None:
+        while waiting and timer.num_in_flight < depth and not (len(waiting) == 1 and calls.now_ns < pause_end_ns):
+            timer.launched(waiting[0], calls.now_ns, follows=timer.num_in_flight > 0)
+            device.launch(waiting.pop(0), calls.now_ns)
+
+    duration_ns = 10 * slowdown
+    pause_end_ns = 5 * duration_ns + 7
+    calls.call_at(pause_end_ns, FunctionCall(lambda _: launch()))
+    launch()
+    while calls.run_instant():
+        continue
+    assert cost.prefilling_ns == [0, duration_ns, 2 * duration_ns, 3 * duration_ns, 0, 0]
+    assert [each.features.prefilling_ns for each in timer.steps] == cost.prefilling_ns
 
 
 @pytest.mark.parametrize("repeat_max", [1, 100])

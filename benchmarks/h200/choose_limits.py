@@ -2,9 +2,9 @@
 
     python -m benchmarks.h200.choose_limits [--profile FILE] [--conversation CSV] [--code CSV] [--jitter 5]
 
-The loads are those of ``serve_online``. Prices are those of vLLM's steps, or a profile's that was fitted to a server's
-log (``serve_online --keep``); steps are planned 2 ms ahead, as sageLLM does on a device. Each figure is the median over
-runs in which every request is sent up to a millisecond later.
+The loads are those of ``serve_online``, the cluster is ``h200x1-sagellm`` with other limits. Prices are those of its
+profile, which was fitted to steps of up to 2,304 tokens, or another's (``serve_online --keep`` has what it takes to fit
+one). Each figure is the median over runs in which every request is sent up to a millisecond later.
 """
 
 import argparse
@@ -24,16 +24,15 @@ from traces.reader import read_trace
 from traces.request_trace import Trace
 
 LIMITS = ((256, 8192), (512, 8192), (512, 4096), (512, 3072), (512, 2304), (512, 1792))
-VLLM_PROFILE = "h200/vllm-0.22.1-qwen2.5-7b"
+OWN_PROFILE = "h200/sagellm-qwen2.5-7b"
 HEADINGS = ("TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "tokens/s")
 
 
 def figures(trace: Trace, profile: str, max_num_seqs: int, max_num_batched_tokens: int) -> tuple[float, ...]:
     """Milliseconds and output tokens per second, in the order of HEADINGS."""
-    text = named_cluster_text("h200x1-vllm").replace("steps_in_flight: 2\n", "plan_lead: 2ms\n")
-    text = text.replace(VLLM_PROFILE, profile)
-    text = text.replace("max_num_seqs: 256", f"max_num_seqs: {max_num_seqs}")
-    text = text.replace("max_num_batched_tokens: 8192", f"max_num_batched_tokens: {max_num_batched_tokens}")
+    text = named_cluster_text("h200x1-sagellm").replace(OWN_PROFILE, profile)
+    text = text.replace("max_num_seqs: 512", f"max_num_seqs: {max_num_seqs}")
+    text = text.replace("max_num_batched_tokens: 2304", f"max_num_batched_tokens: {max_num_batched_tokens}")
     cluster = sim_cluster(build_cluster(parse_cluster(text, source="limits", name="limits")))
     summary = summarise(replay(cluster, trace).metrics, {})
     ttft, tpot, tokens_per_s = summary.ttft, summary.tpot, summary.output_throughput
@@ -51,7 +50,7 @@ def main() -> None:
     for name, file in (("conversation", "conv_16"), ("code", "code_6")):
         default = DATA_FOLDER / f"vllm-0.22.1_qwen2.5-7b_online_{file}.csv"
         parser.add_argument(f"--{name}", type=Path, default=default, help="CSV file of vLLM's run of that trace")
-    parser.add_argument("--profile", default=VLLM_PROFILE, help="what prices the steps (default: vLLM's)")
+    parser.add_argument("--profile", default=OWN_PROFILE, help=f"what prices the steps (default: {OWN_PROFILE})")
     parser.add_argument("--jitter", type=int, default=5, metavar="N", help="runs for each figure (default: 5)")
     options = parser.parse_args()
     conversation, code = (read_trace(path, seed=0) for path in (options.conversation, options.code))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.h200.serve_online OUT.json [--runs 3] [--only conversation-16]...
 
-Starts `sagellm serve` with Qwen2.5-7B's shape, random weights and the limits of ``serving.yaml``, and sends it
+Starts `sagellm serve` with Qwen2.5-7B's shape, random weights and the cluster ``h200x1-sagellm``, and sends it
 three loads, one after the other, each ``--runs`` times: the first 600 requests of the Azure conversation trace at 16
 requests/s, the same at 32, and the first 600 of the code trace at 6, which come in bursts. Lengths and arrivals are
 those that vLLM's own runs had (``--conversation``, ``--code``: their CSV files). A short load that is not recorded
@@ -31,7 +31,7 @@ from pathlib import Path
 from benchmarks.running_server import Served, core_share, log_replays, replay_on, running_server, wait_until_ready
 
 DATA_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "h200"
-SERVING_CLUSTER = Path(__file__).with_name("serving.yaml")
+SERVING_CLUSTER = "h200x1-sagellm"
 WARM_UP_REQUESTS = 20
 WARM_UP_REQUESTS_PER_S = 16
 
@@ -176,7 +176,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=[case.name for case in CASES], help="repeatable")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--limit", type=int, help="only the first requests of each load; vLLM's figures are left out")
-    parser.add_argument("--cluster", default=str(SERVING_CLUSTER), help="default: limits that simulation chose")
+    parser.add_argument(
+        "--cluster", default=SERVING_CLUSTER, help=f"a file, or a known name (default: {SERVING_CLUSTER})"
+    )
     parser.add_argument("--model", default="", help="instead of the cluster's")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the log and the clients' records there")

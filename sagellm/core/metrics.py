@@ -8,7 +8,7 @@ once with the number of requests that saw it.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from struct import pack
 from typing import Any, Final, TypeAlias
 
@@ -37,13 +37,15 @@ from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics
 _LAUNCH_COLUMNS: Final = 6
 _RETURN_COLUMNS: Final = 2
 _SERIES_COLUMNS: Final = 5
+_NUM_GAPS: Final = 1  # which of them
 _FS_PER_NS: Final = 1_000_000  # femtoseconds, the unit of prices, in a nanosecond, the unit of the clock
 _PENDING_MAX: Final = 256  # few enough that they are still in the processor's first cache when they are packed
-_UNSETTLED_MAX: Final = 8_192  # few enough that what they are worked out with stays in the second cache
+_GAPS_AT_A_TIME: Final = 8_192  # few enough that what they are worked out with stays in the second cache
 
 _Packed: TypeAlias = "bytes | array[int]"
 """Integers of eight bytes each."""
 _Column: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
+_Table: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.int64]]"
 
 
 def _moved_to_array(packed: list[_Packed]) -> array[int]:
@@ -78,13 +80,6 @@ class _Integers:
         self._pack()
         return _moved_to_array(self._packed)
 
-    def take(self) -> _Column:
-        """All integers so far; the column is empty then."""
-        self._pack()
-        taken = np.frombuffer(b"".join(self._packed), np.int64)
-        self._packed.clear()
-        return taken
-
     def _pack(self) -> None:
         self._packed.append(pack(f"{len(self.pending)}n", *self.pending))
         self.pending.clear()
@@ -93,49 +88,46 @@ class _Integers:
 class _Gaps:
     """Gaps between tokens, each with how many requests saw it.
 
-    Those within a series are kept as it came, and worked out for many of them at a time, at C speed.
+    Those within a series are kept as it came, and worked out when all are asked for.
     """
 
-    __slots__ = ("_counts", "_gaps_ns", "_num_unsettled", "_series", "_single")
+    __slots__ = ("_series", "_single")
 
     def __init__(self) -> None:
         self._single = _Integers()  # a gap, and how many saw it
         # How many saw the gaps in it, how many these are, and what of `RepetitionEnds` they follow from.
         self._series = _Integers()
-        self._num_unsettled = 0  # gaps in them
-        self._gaps_ns: list[_Packed] = []
-        self._counts: list[_Packed] = []
 
     def add(self, gap_ns: int, num_requests: int) -> None:
         """So many requests saw this gap."""
         if num_requests:
             self._single.extend((gap_ns, num_requests))
-            self._count(1)
 
     def add_within(self, num_requests: int, num_gaps: int, early_fs: int, period_fs: int, growth_fs: int) -> None:
         """So many requests saw the gaps between tokens of a series; see `RepetitionEnds`."""
         self._series.extend((num_requests, num_gaps, early_fs, period_fs, growth_fs))
-        self._count(num_gaps)
-
-    def _count(self, num_gaps: int) -> None:
-        self._num_unsettled += num_gaps
-        if self._num_unsettled > _UNSETTLED_MAX:
-            self._settle()
 
     def result(self) -> tuple[array[int], array[int]]:
         """The gaps so far in nanoseconds, and how many requests saw each."""
-        self._settle()
-        return _moved_to_array(self._gaps_ns), _moved_to_array(self._counts)
+        single = self._single.to_array()
+        gaps_ns: list[_Packed] = [single[::2]]
+        counts: list[_Packed] = [single[1::2]]
+        for some in _parts(np.frombuffer(self._series.to_array(), np.int64).reshape(-1, _SERIES_COLUMNS)):
+            num_requests, num_gaps, early_fs, period_fs, growth_fs = some.T
+            gaps_ns.append(_gaps_within(num_gaps, early_fs, period_fs, growth_fs).tobytes())
+            counts.append(np.repeat(num_requests, num_gaps).tobytes())
+        return _moved_to_array(gaps_ns), _moved_to_array(counts)
 
-    def _settle(self) -> None:
-        """Work out the gaps of what is not settled."""
-        gaps_ns, counts = self._single.take().reshape(-1, 2).T
-        self._gaps_ns.append(gaps_ns.tobytes())
-        self._counts.append(counts.tobytes())
-        num_requests, num_gaps, early_fs, period_fs, growth_fs = self._series.take().reshape(-1, _SERIES_COLUMNS).T
-        self._gaps_ns.append(_gaps_within(num_gaps, early_fs, period_fs, growth_fs).tobytes())
-        self._counts.append(np.repeat(num_requests, num_gaps).tobytes())
-        self._num_unsettled = 0
+
+def _parts(series: _Table) -> Iterator[_Table]:
+    """The rows, so many at a time that what their gaps are worked out with stays in the second cache."""
+    num_beyond = np.cumsum(series[:, _NUM_GAPS])
+    first = 0
+    while first < len(series):
+        before = num_beyond[first - 1] if first else 0
+        beyond = max(first + 1, int(np.searchsorted(num_beyond, before + _GAPS_AT_A_TIME, side="right")))
+        yield series[first:beyond]
+        first = beyond
 
 
 def _gaps_within(num_gaps: _Column, early_fs: _Column, period_fs: _Column, growth_fs: _Column) -> _Column:

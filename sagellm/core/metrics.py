@@ -317,12 +317,14 @@ class MetricsFold:
         """Settle who came and who went; how many came."""
         # Who stays keeps its place before those who come. A request out of that order goes and comes again,
         # which is the same for its times.
-        num_staying, num_new = 0, len(request_ids)
-        for request_id in instance.request_ids:
-            if num_staying < num_new and request_ids[num_staying] == request_id:
-                num_staying += 1
-            else:
-                self._leave_lockstep(instance, instance_id, request_id)
+        num_staying, num_new = len(instance.request_ids), len(request_ids)
+        if request_ids[:num_staying] != instance.request_ids:
+            num_staying = 0
+            for request_id in instance.request_ids:
+                if num_staying < num_new and request_ids[num_staying] == request_id:
+                    num_staying += 1
+                else:
+                    self._leave_lockstep(instance, instance_id, request_id)
         for index in range(num_staying, num_new):
             request_id = request_ids[index]
             record = self.metrics.requests[request_id]
@@ -362,11 +364,12 @@ class MetricsFold:
         return record.last_token_ns
 
     def finished(self, now_ns: int, effect: RequestFinished) -> None:
-        record = self.metrics.requests[effect.request_id]
+        request_id = effect.request_id
+        record = self.metrics.requests[request_id]
         record.finish_reason = effect.reason
         record.num_output_tokens = effect.num_output_tokens
         if record.first_token_ns is not None:
-            record.last_token_ns = self._last_token_ns(effect.request_id, record)
+            record.last_token_ns = self._last_token_ns(request_id, record)
 
     def _transfer_started(self, now_ns: int, effect: TransferKV) -> None:
         transfer = TransferRecord(

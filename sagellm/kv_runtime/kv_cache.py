@@ -124,20 +124,18 @@ class KVCache:
         assert not blocks.released, "I11 no use after free: grow after release"
         # Any: compiled code would unpack each id to a number, and pack it again into another object.
         free_ids: list[Any] = self._free_ids
+        block_ids: list[Any] = blocks.block_ids
         if not 0 < count <= len(free_ids):
             new_ids = self._take(count)
-            blocks.block_ids += new_ids
+            block_ids += new_ids
             return tuple(new_ids)
         block_id = free_ids.pop()
-        blocks.block_ids.append(block_id)
+        block_ids.append(block_id)
         if count == 1:  # which is what most calls ask for
             return (block_id,)
-        popped = [block_id]
-        while len(popped) < count:
-            block_id = free_ids.pop()
-            blocks.block_ids.append(block_id)
-            popped.append(block_id)
-        return tuple(popped)
+        for _ in range(count - 1):
+            block_ids.append(free_ids.pop())
+        return tuple(block_ids[-count:])
 
     def publish(self, request: RequestSpec, blocks: RequestBlocks, num_computed_tokens: int) -> None:
         """Let other requests use the full blocks of the prompt, as far as they have been computed."""

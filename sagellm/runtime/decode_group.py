@@ -6,19 +6,16 @@ step in which it needs its next block, and the step that is its last. Advancing 
 steps is then one addition.
 """
 
-from heapq import heappop, heappush
-
 from sagellm.core.identity import RequestId
-from sagellm.runtime.local_request import LocalRequest, RequestState
+from sagellm.runtime.local_request import LocalRequest
 
 
 class DecodeGroup:
     """The members, in the order in which they joined."""
 
     __slots__ = (
+        "_by_finish",
         "_context_offset",
-        "_finish_heap",
-        "_next_finish_clock",
         "_request_ids",
         "block_size",
         "by_growth",
@@ -34,9 +31,9 @@ class DecodeGroup:
         self._context_offset = 0
         # Members by the step, modulo the block size, in which they need a new block.
         self.by_growth: list[dict[RequestId, LocalRequest]] = [{} for _ in range(block_size)]
-        # (finish clock, sequence, join clock, member); entries of members that left early are stale.
-        self._finish_heap: list[tuple[int, int, int, LocalRequest]] = []
-        self._next_finish_clock: int | None = None  # None: not known
+        # Members by the step that is their last, then by admission; the first to finish at the end, where it goes
+        # away for nothing.
+        self._by_finish: list[LocalRequest] = []
 
     def __len__(self) -> int:
         return len(self.members)
@@ -45,7 +42,8 @@ class DecodeGroup:
     def request_ids(self) -> tuple[RequestId, ...]:
         """The same tuple for as long as the members stay the same."""
         if self._request_ids is None:
-            self._request_ids = tuple(self.members)
+            # By way of a list, which is what compiled code takes keys out in, and at once.
+            self._request_ids = tuple(list(self.members.keys()))
         return self._request_ids
 
     def join(self, request: LocalRequest, clock: int, *, base_computed: int, base_output: int) -> None:
@@ -63,13 +61,12 @@ class DecodeGroup:
         self._request_ids = None
         self._context_offset += base_computed - clock
         self.by_growth[(1 + clock - base_computed) % self.block_size][request.request_id] = request
-        self._next_finish_clock = None
-        heappush(self._finish_heap, (request.finish_clock, request.sequence, clock, request))
+        self._by_finish.insert(self._place(request), request)
 
     def leave(self, request: LocalRequest) -> None:
         """Take a member out, whatever it still has to do."""
-        self._next_finish_clock = None
         del self.members[request.request_id]
+        del self._by_finish[self._place(request)]
         self.num_stoppable -= bool(request.spec.stop_token_ids)
         self._request_ids = None
         self._context_offset -= request.base_computed - request.join_clock
@@ -91,29 +88,32 @@ class DecodeGroup:
 
     def next_finish_clock(self) -> int | None:
         """The first step that is some member's last; None without members."""
-        if self._next_finish_clock is None:
-            self._next_finish_clock = self._find_next_finish_clock()
-        return self._next_finish_clock
+        return self._by_finish[-1].finish_clock if self._by_finish else None
 
-    def _find_next_finish_clock(self) -> int | None:
-        heap = self._finish_heap
-        while heap:
-            finish_clock, _, join_clock, request = heap[0]
-            if request.state is RequestState.DECODING and request.join_clock == join_clock:
-                return finish_clock
-            heappop(heap)
-        return None
+    def _place(self, request: LocalRequest) -> int:
+        """Where a member is, or is to be, among all by their finish."""
+        by_finish, finish_clock, sequence = self._by_finish, request.finish_clock, request.sequence
+        low, high = 0, len(by_finish)
+        while low < high:
+            middle = (low + high) >> 1
+            other = by_finish[middle]
+            if other.finish_clock > finish_clock or (
+                other.finish_clock == finish_clock and other.sequence > sequence
+            ):
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
     def goes_on_after(self, clock: int) -> bool:
         """True where some member's last step comes after that one."""
-        return any(member.finish_clock > clock for member in self.members.values())
+        return bool(self._by_finish) and self._by_finish[0].finish_clock > clock
 
     def pop_fully_planned(self, clock: int) -> LocalRequest | None:
         """Remove and give the next member whose last step is ``clock`` or earlier; None where there is none left."""
-        finish_clock = self.next_finish_clock()
-        if finish_clock is None or finish_clock > clock:
+        if not self._by_finish or self._by_finish[-1].finish_clock > clock:
             return None
-        request = heappop(self._finish_heap)[3]
+        request = self._by_finish[-1]
         self.leave(request)
         return request
 
@@ -126,7 +126,8 @@ class DecodeGroup:
         if not num_members:
             return repeat_max
         # In block_size steps each member needs exactly one block, so whole rounds can be skipped.
-        num_rounds, num_left = divmod(num_blocks_available, num_members)
+        num_rounds = num_blocks_available // num_members
+        num_left = num_blocks_available - num_rounds * num_members
         repeats = num_rounds * self.block_size + 1
         while repeats < repeat_max:
             num_left -= len(self.growing(clock + repeats))

@@ -7,7 +7,7 @@ repetition of a repeated step or jumps to the first boundary after the next even
 hand-overs of KV alone is done at once: nothing is allocated for it.
 """
 
-from typing import assert_never
+from typing import Final, assert_never
 
 from sagellm.core.config import InstanceConfig
 from sagellm.core.identity import RequestId
@@ -43,6 +43,9 @@ from sagellm.runtime.steps_in_flight import Return, StepInFlight, StepsInFlight
 
 _ChangeOfPlan = ReserveKV | AbortRequest | ReleaseKV | SourceLost | DecodeHere | HandoverFinished | KVReserved
 _HandoverEvent = KVReserved | KVTransferred | KVTransferFailed
+# By name each would be looked up in its enum again for every request that ends.
+_LENGTH: Final = FinishReason.LENGTH
+_STOP: Final = FinishReason.STOP
 
 
 class Instance:
@@ -151,10 +154,10 @@ class Instance:
             if not step.muted or chunk.request_id not in step.muted:
                 self._chunk_returned(self._requests[chunk.request_id], chunk, effects)
         for request in stopped:
-            self._end(request, FinishReason.STOP, effects, keep_output=True)
+            self._end(request, _STOP, effects, keep_output=True)
         draining = self._scheduler.draining
         while draining and draining[0].finish_clock <= returned.done_clock:
-            self._end(draining[0], FinishReason.LENGTH, effects, keep_output=True)
+            self._end(draining[0], _LENGTH, effects, keep_output=True)
 
     def _chunk_returned(self, request: LocalRequest, chunk: TokenChunk, effects: list[InstanceEffect]) -> None:
         request.num_returned_tokens = chunk.num_computed_tokens + chunk.num_tokens
@@ -208,7 +211,8 @@ class Instance:
                 scheduler.kv.release(blocks)
             else:
                 scheduler.free_blocks(blocks, self._steps.done_clock)
-        effects.extend(self._sender.stop(request.request_id))
+        if not self._sender.is_idle:
+            effects.extend(self._sender.stop(request.request_id))
         if not is_untouched or self._steps.returned:
             # Where two steps came back together, the second has yet to be looked at, and may name it.
             self._steps.mute(request.request_id)
@@ -308,12 +312,12 @@ class Instance:
                 assert_never(event)
 
     def _assign(self, event: AssignRequest) -> None:
-        spec = event.request
-        assert spec.request_id not in self._requests, f"I3: {spec.request_id} was assigned twice"
-        request = LocalRequest(spec, hand_over=event.hand_over, num_output_tokens=event.num_output_tokens)
-        if event.output_token_ids is not None:
-            request.output_token_ids = list(event.output_token_ids)
-        self._requests[spec.request_id] = request
+        request = LocalRequest(event.request, hand_over=event.hand_over, num_output_tokens=event.num_output_tokens)
+        assert request.request_id not in self._requests, f"I3: {request.request_id} was assigned twice"
+        output_token_ids = event.output_token_ids
+        if output_token_ids is not None:
+            request.output_token_ids = list(output_token_ids)
+        self._requests[request.request_id] = request
         self._scheduler.waiting.append(request)
 
     def _decode_here(self, request: LocalRequest) -> None:

@@ -36,6 +36,7 @@ from sagellm.core.run_metrics import InstanceTimeline, RequestRecord, RunMetrics
 
 _LAUNCH_COLUMNS: Final = 6
 _RETURN_COLUMNS: Final = 2
+_SINGLE_COLUMNS: Final = 2
 _SERIES_COLUMNS: Final = 5
 _NUM_GAPS: Final = 1  # which of them
 _FS_PER_NS: Final = 1_000_000  # femtoseconds, the unit of prices, in a nanosecond, the unit of the clock
@@ -46,16 +47,6 @@ _Packed: TypeAlias = "bytes | array[int]"
 """Integers of eight bytes each."""
 _Column: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 _Table: TypeAlias = "np.ndarray[tuple[int, int], np.dtype[np.int64]]"
-
-
-def _moved_to_array(packed: list[_Packed]) -> array[int]:
-    """All integers of ``packed``, which is left with nothing but them: they are never there twice as a whole."""
-    integers = array("q")
-    for index, some in enumerate(packed):
-        integers.frombytes(memoryview(some).cast("B"))
-        packed[index] = b""
-    packed[:] = [integers]
-    return integers
 
 
 class _Integers:
@@ -78,7 +69,16 @@ class _Integers:
     def to_array(self) -> array[int]:
         """All integers so far."""
         self._pack()
-        return _moved_to_array(self._packed)
+        integers = array("q")
+        for index, some in enumerate(self._packed):
+            integers.frombytes(memoryview(some).cast("B"))
+            self._packed[index] = b""  # so that they are never there twice as a whole
+        self._packed[:] = [integers]
+        return integers
+
+    def to_table(self, num_columns: int) -> _Table:
+        """The same, in rows."""
+        return np.frombuffer(self.to_array(), np.int64).reshape(-1, num_columns)
 
     def _pack(self) -> None:
         self._packed.append(pack(f"{len(self.pending)}n", *self.pending))
@@ -109,14 +109,22 @@ class _Gaps:
 
     def result(self) -> tuple[array[int], array[int]]:
         """The gaps so far in nanoseconds, and how many requests saw each."""
-        single = self._single.to_array()
-        gaps_ns: list[_Packed] = [single[::2]]
-        counts: list[_Packed] = [single[1::2]]
-        for some in _parts(np.frombuffer(self._series.to_array(), np.int64).reshape(-1, _SERIES_COLUMNS)):
-            num_requests, num_gaps, early_fs, period_fs, growth_fs = some.T
-            gaps_ns.append(_gaps_within(num_gaps, early_fs, period_fs, growth_fs).tobytes())
-            counts.append(np.repeat(num_requests, num_gaps).tobytes())
-        return _moved_to_array(gaps_ns), _moved_to_array(counts)
+        single = self._single.to_table(_SINGLE_COLUMNS)
+        series = self._series.to_table(_SERIES_COLUMNS)
+        num_single = len(single)
+        num_gaps = num_single + int(series[:, _NUM_GAPS].sum())
+        gaps_ns, counts = array("q", [0]) * num_gaps, array("q", [0]) * num_gaps
+        # What is worked out is written where it is to stay: no column is ever there twice as a whole.
+        to_gaps_ns, to_counts = np.frombuffer(gaps_ns, np.int64), np.frombuffer(counts, np.int64)
+        to_gaps_ns[:num_single], to_counts[:num_single] = single.T
+        first = num_single
+        for some in _parts(series):
+            num_requests, num_within, early_fs, period_fs, growth_fs = some.T
+            beyond = first + int(num_within.sum())
+            _write_gaps_within(to_gaps_ns[first:beyond], num_within, early_fs, period_fs, growth_fs)
+            to_counts[first:beyond] = np.repeat(num_requests, num_within)
+            first = beyond
+        return gaps_ns, counts
 
 
 def _parts(series: _Table) -> Iterator[_Table]:
@@ -130,7 +138,9 @@ def _parts(series: _Table) -> Iterator[_Table]:
         first = beyond
 
 
-def _gaps_within(num_gaps: _Column, early_fs: _Column, period_fs: _Column, growth_fs: _Column) -> _Column:
+def _write_gaps_within(
+    gaps_ns: _Column, num_gaps: _Column, early_fs: _Column, period_fs: _Column, growth_fs: _Column
+) -> None:
     """The gaps of one series after the other, each from its last to its first; see `RepetitionEnds`."""
     beyond = np.cumsum(num_gaps)
     firsts = beyond - num_gaps
@@ -144,10 +154,10 @@ def _gaps_within(num_gaps: _Column, early_fs: _Column, period_fs: _Column, growt
     before_fs = np.cumsum(between_fs, out=between_fs)
     before_fs[firsts] += early_fs
     before_fs[firsts[1:]] -= last_before_fs[:-1]
-    before_ns = np.cumsum(before_fs, out=before_fs) // _FS_PER_NS
-    gaps_ns: _Column = np.diff(before_ns, prepend=0)
+    before_ns = np.cumsum(before_fs, out=before_fs)
+    before_ns //= _FS_PER_NS
+    np.subtract(before_ns[1:], before_ns[:-1], out=gaps_ns[1:])
     gaps_ns[firsts] = before_ns[firsts]
-    return gaps_ns
 
 
 class _InstanceFold:
@@ -284,12 +294,13 @@ class MetricsFold:
         metrics.itl_ns, metrics.itl_count = self._gaps.result()
         metrics.queue_time_ns, metrics.queue_depth = self._queue_time_ns.to_array(), self._queue_depth.to_array()
         for instance_id, instance in self._instances.items():
-            rows, ends = instance.launches.to_array(), instance.returns.to_array()
-            if not rows:
-                continue
-            launched = (rows[i::_LAUNCH_COLUMNS] for i in range(_LAUNCH_COLUMNS))
-            returned = (ends[i::_RETURN_COLUMNS] for i in range(_RETURN_COLUMNS))
-            metrics.timelines[instance_id] = InstanceTimeline(*launched, *returned)
+            launches, returns = (
+                instance.launches.to_table(_LAUNCH_COLUMNS),
+                instance.returns.to_table(_RETURN_COLUMNS),
+            )
+            if len(launches):
+                columns = [array("q", column.tobytes()) for column in (*launches.T, *returns.T)]
+                metrics.timelines[instance_id] = InstanceTimeline(*columns)
         return metrics
 
     def emitted(self, now_ns: int, effect: EmitTokens) -> None:

@@ -43,7 +43,7 @@ class DecodeGroup:
         """The same tuple for as long as the members stay the same."""
         if self._request_ids is None:
             # By way of a list, which is what compiled code takes keys out in, and at once.
-            self._request_ids = tuple(list(self.members.keys()))
+            self._request_ids = tuple(list(self.members.keys()))  # noqa: C414
         return self._request_ids
 
     def join(self, request: LocalRequest, clock: int, *, base_computed: int, base_output: int) -> None:
@@ -54,10 +54,10 @@ class DecodeGroup:
         request.join_clock = clock
         request.base_computed = base_computed
         request.base_output = base_output
-        request.finish_clock = clock + request.spec.max_output_tokens - base_output
+        request.finish_clock = clock + request.max_output_tokens - base_output
         assert request.finish_clock > clock
         self.members[request.request_id] = request
-        self.num_stoppable += bool(request.spec.stop_token_ids)
+        self.num_stoppable += request.is_stoppable
         self._request_ids = None
         self._context_offset += base_computed - clock
         self.by_growth[(1 + clock - base_computed) % self.block_size][request.request_id] = request
@@ -67,7 +67,7 @@ class DecodeGroup:
         """Take a member out, whatever it still has to do."""
         del self.members[request.request_id]
         del self._by_finish[self._place(request)]
-        self.num_stoppable -= bool(request.spec.stop_token_ids)
+        self.num_stoppable -= request.is_stoppable
         self._request_ids = None
         self._context_offset -= request.base_computed - request.join_clock
         del self.by_growth[(1 + request.join_clock - request.base_computed) % self.block_size][request.request_id]
@@ -97,9 +97,7 @@ class DecodeGroup:
         while low < high:
             middle = (low + high) >> 1
             other = by_finish[middle]
-            if other.finish_clock > finish_clock or (
-                other.finish_clock == finish_clock and other.sequence > sequence
-            ):
+            if other.finish_clock > finish_clock or (other.finish_clock == finish_clock and other.sequence > sequence):
                 low = middle + 1
             else:
                 high = middle

@@ -59,7 +59,9 @@ class LocalRequest:
         "failed_steps",
         "finish_clock",
         "hand_over",
+        "is_stoppable",
         "join_clock",
+        "max_output_tokens",
         "num_computed_tokens",
         "num_output_tokens",
         "num_returned_tokens",
@@ -76,6 +78,8 @@ class LocalRequest:
     def __init__(self, spec: RequestSpec, *, hand_over: bool, num_output_tokens: int) -> None:
         self.spec = spec
         self.request_id = spec.request_id
+        self.max_output_tokens = spec.max_output_tokens
+        self.is_stoppable = bool(spec.stop_token_ids)  # a token may end it before its last
         self.state = RequestState.WAITING
         self.hand_over = hand_over
         self.num_output_tokens = num_output_tokens

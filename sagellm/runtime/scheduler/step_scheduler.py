@@ -206,13 +206,14 @@ class StepScheduler:
         chunks: list[TokenChunk] = []
         if self.prefilling or self.waiting:
             budget = self._max_num_batched_tokens - len(decode_ids)
+            complete: list[LocalRequest] = []  # their last known token is in this step
             if self.prefilling:
-                budget = self._continue_prefills(chunks, budget)
+                budget = self._continue_prefills(chunks, complete, budget)
             if self.waiting and not preempts:
-                self._admit_waiting(chunks, budget)
-        if chunks:
-            self._settle_chunks(chunks)
-        elif not decode_ids:
+                self._admit_waiting(chunks, complete, budget)
+            for request in complete:
+                self._go_on(request)
+        if not chunks and not decode_ids:
             self.planned_clock -= 1
             return None
         return self._take_plan(decode_ids, num_context_tokens, tuple(chunks) if chunks else _NO_CHUNKS)
@@ -292,16 +293,19 @@ class StepScheduler:
         candidates = [request for request in holders if request is not oldest and not request.num_transfers]
         return max(candidates, key=lambda request: request.sequence, default=None)
 
-    def _continue_prefills(self, chunks: list[TokenChunk], budget: int) -> int:
+    def _continue_prefills(self, chunks: list[TokenChunk], complete: list[LocalRequest], budget: int) -> int:
         for request in self.prefilling.values():
             if budget <= 0:
                 break
-            budget -= self._add_chunk(chunks, request, budget)
+            budget -= self._add_chunk(chunks, complete, request, budget)
+        for request in complete:
+            del self.prefilling[request.request_id]
         return budget
 
-    def _admit_waiting(self, chunks: list[TokenChunk], budget: int) -> None:
+    def _admit_waiting(self, chunks: list[TokenChunk], complete: list[LocalRequest], budget: int) -> None:
         # Every request that prefills has its chunk here already, unless the budget is spent.
         num_free_seqs = min(self._max_num_seqs - self.num_running, self._num_chunks_max - len(chunks))
+        num_free_seqs -= len(complete)  # which prefill no more, and are yet to go on
         while self.waiting and budget > 0 and num_free_seqs > 0:
             request = self.waiting[0]
             match = self.kv.match(request.spec)
@@ -315,36 +319,37 @@ class StepScheduler:
             request.num_computed_tokens = blocks.num_shared * self.kv.block_size
             request.num_returned_tokens = request.num_computed_tokens
             request.move(RequestState.PREFILLING)
-            self.prefilling[request.request_id] = request
             self._new_block_ids.append((request.request_id, tuple(blocks.block_ids)))
-            budget -= self._add_chunk(chunks, request, budget)
+            budget -= self._add_chunk(chunks, complete, request, budget)
+            if request.num_computed_tokens < request.prefill_target:
+                self.prefilling[request.request_id] = request
 
-    def _add_chunk(self, chunks: list[TokenChunk], request: LocalRequest, budget: int) -> int:
+    def _add_chunk(
+        self, chunks: list[TokenChunk], complete: list[LocalRequest], request: LocalRequest, budget: int
+    ) -> int:
         num_computed = request.num_computed_tokens
         num_tokens = min(request.prefill_target - num_computed, min(budget, self._chunk_tokens_max))
         request.num_computed_tokens = num_computed + num_tokens
         samples = request.num_computed_tokens == request.prefill_target
         chunks.append(TokenChunk(request.request_id, num_tokens, num_computed, samples))
+        if samples:
+            complete.append(request)
         return num_tokens
 
-    def _settle_chunks(self, chunks: list[TokenChunk]) -> None:
-        """Requests whose last known token is in the step just committed go on to what comes next."""
-        for chunk in chunks:
-            if not chunk.samples:
-                continue
-            request = self.prefilling.pop(chunk.request_id)
-            base_output = request.num_output_tokens + 1
-            if base_output >= request.spec.max_output_tokens:
-                request.base_output = base_output
-                request.join_clock = request.finish_clock = self.planned_clock
-                request.move(RequestState.DRAINING)
-                self.draining.append(request)
-                self.num_unreturned += 1
-            elif request.hand_over:
-                request.move(RequestState.PREFILLED)
-                self.num_unreturned += 1
-            else:
-                self.join_decodes(request, base_computed=request.prefill_target, base_output=base_output)
+    def _go_on(self, request: LocalRequest) -> None:
+        """What comes next for a request whose last known token is in the step just committed."""
+        base_output = request.num_output_tokens + 1
+        if base_output >= request.max_output_tokens:
+            request.base_output = base_output
+            request.join_clock = request.finish_clock = self.planned_clock
+            request.move(RequestState.DRAINING)
+            self.draining.append(request)
+            self.num_unreturned += 1
+        elif request.hand_over:
+            request.move(RequestState.PREFILLED)
+            self.num_unreturned += 1
+        else:
+            self.join_decodes(request, base_computed=request.prefill_target, base_output=base_output)
 
     def check(self) -> None:
         """Assert what must always hold of the queues and blocks (invariants I1, I2, I6)."""

@@ -30,7 +30,7 @@ class DecodeGroup:
         self._request_ids: tuple[RequestId, ...] | None = ()
         self._context_offset = 0
         # Members by the step, modulo the block size, in which they need a new block.
-        self.by_growth: list[dict[RequestId, LocalRequest]] = [{} for _ in range(block_size)]
+        self.by_growth: list[list[LocalRequest]] = [[] for _ in range(block_size)]
         # Members by the step that is their last, then by admission; the first to finish at the end, where it goes
         # away for nothing.
         self._by_finish: list[LocalRequest] = []
@@ -60,7 +60,7 @@ class DecodeGroup:
         self.num_stoppable += request.is_stoppable
         self._request_ids = None
         self._context_offset += base_computed - clock
-        self.by_growth[(1 + clock - base_computed) % self.block_size][request.request_id] = request
+        self._growing_with(request).append(request)
         self._by_finish.insert(self._place(request), request)
 
     def leave(self, request: LocalRequest) -> None:
@@ -70,15 +70,23 @@ class DecodeGroup:
         self.num_stoppable -= request.is_stoppable
         self._request_ids = None
         self._context_offset -= request.base_computed - request.join_clock
-        del self.by_growth[(1 + request.join_clock - request.base_computed) % self.block_size][request.request_id]
+        growing = self._growing_with(request)
+        index = 0
+        while growing[index] is not request:
+            index += 1
+        del growing[index]
 
     def num_context_tokens(self, clock: int) -> int:
         """Tokens computed for all members together once step ``clock`` has run."""
         return self._context_offset + len(self.members) * clock
 
-    def growing(self, clock: int) -> dict[RequestId, LocalRequest]:
+    def growing(self, clock: int) -> list[LocalRequest]:
         """Members that need one more block for step ``clock``."""
         return self.by_growth[clock % self.block_size]
+
+    def _growing_with(self, request: LocalRequest) -> list[LocalRequest]:
+        """Those that need one in the same steps as this member."""
+        return self.growing(1 + request.join_clock - request.base_computed)
 
     def num_returned_output(self, request: LocalRequest, done_clock: int) -> int:
         """Output tokens of a member, or former member, that have come back once step ``done_clock`` has."""

@@ -77,18 +77,18 @@ class StepScheduler:
         """
         first = self.planned_clock + 1
         self.planned_clock += num_executions
-        block_size = self.kv.block_size
-        by_growth = self.decodes.by_growth
+        decodes, block_size = self.decodes, self.kv.block_size
+        by_growth = decodes.by_growth
         for clock in range(first, first + min(num_executions, block_size)):
             growing = by_growth[clock % block_size]
             if growing:
                 self._grow(growing, (self.planned_clock - clock) // block_size + 1)
-        if self.decodes.members:
+        if decodes.members:
             self._drain_fully_planned()
 
-    def _grow(self, growing: dict[RequestId, LocalRequest], num_blocks: int) -> None:
+    def _grow(self, growing: list[LocalRequest], num_blocks: int) -> None:
         kv, new_block_ids = self.kv, self._new_block_ids
-        for request in growing.values():
+        for request in growing:
             assert request.blocks is not None
             new_block_ids.append((request.request_id, kv.grow(request.blocks, num_blocks)))
 

@@ -305,17 +305,15 @@ class ControlPlane:
             if queued.spec.num_prompt_tokens + queued.spec.max_output_tokens > self._fleet.num_slots_max:
                 self._reject(queued, "it exceeds the KV cache of every instance that is left", effects)
                 continue
-            placed = self._fleet.place(queued.spec, queued.num_prefill_tokens)
-            if placed is None:
+            view = self._fleet.place(queued.spec, queued.num_prefill_tokens)
+            if view is None:
                 return
             self._queue.served(queued.request_id)
-            view, hand_over = placed
-            self._assign(self._requests[queued.request_id], view, hand_over, effects)
+            self._assign(self._requests[queued.request_id], view, effects)
 
-    def _assign(
-        self, request: AcceptedRequest, view: InstanceView, hand_over: bool, effects: list[ControlPlaneEffect]
-    ) -> None:
+    def _assign(self, request: AcceptedRequest, view: InstanceView, effects: list[ControlPlaneEffect]) -> None:
         queued = request.queued
+        hand_over = self._fleet.hands_over(view)
         request.view = view
         request.hand_over = hand_over
         request.stage = Stage.PREFILL

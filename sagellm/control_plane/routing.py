@@ -85,9 +85,11 @@ class PrefixAffinity(RoutingPolicy):
 def _least_loaded(candidates: list[InstanceView]) -> InstanceView:
     """The first of equals."""
     least = candidates[0]
+    least_load = least.load
     for view in candidates:
-        if view.load < least.load:
-            least = view
+        load = view.load
+        if load < least_load:
+            least, least_load = view, load
     return least
 
 

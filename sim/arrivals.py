@@ -102,10 +102,10 @@ def request_spec(
 ) -> RequestSpec:
     """The request that a client sends. Its output length is its limit, as a replay against a server sets it."""
     return RequestSpec(
-        request_id=RequestId(str(index)),
-        arrival_ns=arrival_ns,
-        num_prompt_tokens=request.num_prompt_tokens,
-        max_output_tokens=request.num_output_tokens,
+        RequestId(str(index)),
+        arrival_ns,
+        request.num_prompt_tokens,
+        request.num_output_tokens,
         priority=request.priority,
         slo=slo,
         content_ids=request.content_ids,

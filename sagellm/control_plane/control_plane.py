@@ -38,6 +38,10 @@ from sagellm.core.request import RequestSpec
 _EWMA_SHARE: Final = 0.1
 """How much the latest prefill counts in the running mean of time per prompt token."""
 
+# What every request causes. Compiled code has constants at hand, while it looks imported names up each time.
+_ARRIVED: Final = RequestArrived
+_PREFILLED: Final = PrefillFinished
+_FINISHED: Final = RequestFinished
 
 _Change = RequestMoved | RequestCancelled | HandoverFailed | InstanceJoined | InstanceLost
 
@@ -92,13 +96,14 @@ class ControlPlane:
     # --- events ----------------------------------------------------------------------------------------
 
     def _take_in(self, event: ControlPlaneEvent, event_ns: int, effects: list[ControlPlaneEffect]) -> None:
-        if type(event) is RequestArrived:
+        if type(event) is _ARRIVED:
             self._admit(event.request, effects)
-        elif type(event) is PrefillFinished:
+        elif type(event) is _PREFILLED:
             self._prefilled(event, event_ns, effects)
-        elif type(event) is RequestFinished:
+        elif type(event) is _FINISHED:
             self._finished(event)
         else:
+            assert not isinstance(event, RequestArrived | PrefillFinished | RequestFinished)
             self._take_in_change(event, effects)
 
     def _take_in_change(self, event: _Change, effects: list[ControlPlaneEffect]) -> None:

@@ -85,6 +85,8 @@ class PrefixAffinity(RoutingPolicy):
 def _least_loaded(candidates: list[InstanceView]) -> InstanceView:
     """The first of equals."""
     least = candidates[0]
+    if len(candidates) == 1:
+        return least
     least_load = least.load
     for view in candidates:
         load = view.load

@@ -19,27 +19,39 @@ class Arrivals(Call):
     at a time; this is the call of the next.
     """
 
-    __slots__ = ("_driver", "_due", "_followers", "_next", "_num_over", "_on_progress", "_slo", "_trace")
+    __slots__ = (
+        "_arrivals_ns",
+        "_content_block_size",
+        "_driver",
+        "_due",
+        "_followers",
+        "_next",
+        "_num_over",
+        "_on_progress",
+        "_requests",
+        "_slo",
+    )
 
     def __init__(
         self, driver: SimDriver, trace: Trace, slo: LatencySLO, on_progress: Callable[[int], None] | None
     ) -> None:
         self._driver = driver
-        self._trace = trace
+        self._requests = trace.requests
+        self._content_block_size = trace.content_block_size
         self._slo = slo
         self._on_progress = on_progress
         self._num_over = 0
         self._followers: dict[int, list[int]] = {}
         self._due: list[int] = []  # requests with a recorded time, in its order
         self._next = 0
-        arrivals_ns: list[int] = []
+        self._arrivals_ns: list[int] = []  # as recorded
         for index, request in enumerate(trace.requests):
-            arrivals_ns.append(request.arrival_ns)
+            self._arrivals_ns.append(request.arrival_ns)
             if request.previous is None:
                 self._due.append(index)
             else:
                 self._followers.setdefault(request.previous, []).append(index)
-        self._due.sort(key=arrivals_ns.__getitem__)
+        self._due.sort(key=self._arrivals_ns.__getitem__)
 
     def start(self) -> None:
         """Arm the first arrival. To be called before the driver runs."""
@@ -54,15 +66,12 @@ class Arrivals(Call):
 
     def arrive(self, index: int, at_ns: int) -> None:
         """A request of the trace arrives."""
-        spec = request_spec(index, self._trace.requests[index], at_ns, self._trace.content_block_size, self._slo)
+        spec = request_spec(index, self._requests[index], at_ns, self._content_block_size, self._slo)
         self._driver.submit(RequestArrived(spec))
 
     def _arm(self) -> None:
         if self._next < len(self._due):
-            self._driver.call_at(self._arrival_ns(self._due[self._next]), self)
-
-    def _arrival_ns(self, index: int) -> int:
-        return self._trace.requests[index].arrival_ns
+            self._driver.call_at(self._arrivals_ns[self._due[self._next]], self)
 
     def _over(self, request_id: str, now_ns: int) -> None:
         self._num_over += 1
@@ -71,8 +80,7 @@ class Arrivals(Call):
         if not self._followers:
             return
         for index in self._followers.pop(int(request_id), ()):
-            request = self._trace.requests[index]
-            at_ns = max(request.arrival_ns, now_ns + request.gap_ns)
+            at_ns = max(self._arrivals_ns[index], now_ns + self._requests[index].gap_ns)
             self._driver.call_at(at_ns, _FollowUp(self, index))
 
 
@@ -94,10 +102,10 @@ def request_spec(
 ) -> RequestSpec:
     """The request that a client sends. Its output length is its limit, as a replay against a server sets it."""
     return RequestSpec(
-        request_id=RequestId(str(index)),
-        arrival_ns=arrival_ns,
-        num_prompt_tokens=request.num_prompt_tokens,
-        max_output_tokens=request.num_output_tokens,
+        RequestId(str(index)),
+        arrival_ns,
+        request.num_prompt_tokens,
+        request.num_output_tokens,
         priority=request.priority,
         slo=slo,
         content_ids=request.content_ids,

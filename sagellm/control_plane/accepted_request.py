@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from sagellm.control_plane.instance_view import InstanceView
 from sagellm.control_plane.queued_request import QueuedRequest
-from sagellm.core.request import FinishReason
+from sagellm.core.request import FinishReason, RequestSpec
 
 
 class Stage(StrEnum):
@@ -16,27 +16,25 @@ class Stage(StrEnum):
     DECODE = "decode"
 
 
-class AcceptedRequest:
-    """A request from its admission to its end."""
+class AcceptedRequest(QueuedRequest):
+    """A request from its admission to its end; as it was queued last, and what has become of it since."""
 
     __slots__ = (
         "assigned_ns",
         "attempt",
         "cancelled",
         "hand_over",
-        "num_prefill_tokens",
+        "num_counted_tokens",
         "num_runs",
-        "output",
-        "queued",
-        "spec",
+        "num_sent_tokens",
+        "sent_token_ids",
         "stage",
         "target",
         "view",
     )
 
-    def __init__(self, queued: QueuedRequest) -> None:
-        self.queued = queued
-        self.spec = queued.spec
+    def __init__(self, spec: RequestSpec) -> None:
+        super().__init__(spec)
         self.stage = Stage.QUEUED
         self.view: InstanceView | None = None  # its owner
         self.hand_over = False
@@ -45,12 +43,20 @@ class AcceptedRequest:
         self.num_runs = 0  # assignments
         self.assigned_ns = 0
         self.cancelled: FinishReason | None = None  # how it is to end, once a client has cancelled it
-        self.num_prefill_tokens = 0  # of it counted in the owner's view
-        # How it is to be queued, should its owner be lost; None: as it was.
-        self.output: QueuedRequest | None = None
+        self.num_counted_tokens = 0  # tokens to prefill that the owner's view counts
+        # The output that the client is known to have: what it is queued with, should its owner be lost.
+        self.num_sent_tokens = 0
+        self.sent_token_ids: tuple[int, ...] | None = None
 
     def sent(self, num_output_tokens: int, output_token_ids: tuple[int, ...] | None) -> None:
         """The client has so much of its output."""
-        known = self.output or self.queued
-        if num_output_tokens > known.num_output_tokens:
-            self.output = QueuedRequest(self.spec, num_output_tokens, output_token_ids)
+        if num_output_tokens > self.num_sent_tokens:
+            self.num_sent_tokens, self.sent_token_ids = num_output_tokens, output_token_ids
+
+    def lose_owner(self) -> None:
+        """Nobody runs it any more; what the client does not have yet is to be run again."""
+        self.stage = Stage.QUEUED
+        self.view = None
+        self.hand_over = False
+        self.num_counted_tokens = 0
+        self.num_output_tokens, self.output_token_ids = self.num_sent_tokens, self.sent_token_ids

@@ -9,7 +9,7 @@ from typing import Final, assert_never
 from sagellm.control_plane.accepted_request import AcceptedRequest, Stage
 from sagellm.control_plane.fleet import Fleet
 from sagellm.control_plane.instance_view import InstanceView
-from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
+from sagellm.control_plane.queued_request import QueueOutlook
 from sagellm.control_plane.strategies.base import make_strategy
 from sagellm.core.config import ControlPlaneConfig, HandoverStart, Role
 from sagellm.core.identity import CONTROL_PLANE, InstanceId, RequestId
@@ -38,6 +38,10 @@ from sagellm.core.request import RequestSpec
 _EWMA_SHARE: Final = 0.1
 """How much the latest prefill counts in the running mean of time per prompt token."""
 
+# What every request causes. Compiled code has constants at hand, while it looks imported names up each time.
+_ARRIVED: Final = RequestArrived
+_PREFILLED: Final = PrefillFinished
+_FINISHED: Final = RequestFinished
 
 _Change = RequestMoved | RequestCancelled | HandoverFailed | InstanceJoined | InstanceLost
 
@@ -52,21 +56,18 @@ class ControlPlane:
         self._fleet = Fleet(config, rng)
         self._requests: dict[RequestId, AcceptedRequest] = {}
         self._inbox: list[tuple[ControlPlaneEvent, int]] = []
-        self._prefill_ns_per_token = 0.0
-        self._now_ns = 0
+        self._outlook = QueueOutlook(0, 0.0)
 
     # --- the three methods ---------------------------------------------------------------------------
 
     def handle(self, event: ControlPlaneEvent, now_ns: int) -> None:
         """Record what happened. Decides nothing."""
-        assert now_ns >= self._now_ns, f"time ran backwards: {now_ns} after {self._now_ns}"
-        self._now_ns = now_ns
+        self._set_time(now_ns)
         self._inbox.append((event, now_ns))
 
     def poll(self, now_ns: int) -> tuple[ControlPlaneEffect, ...]:
         """Decide. To be called once per drained instant in which something was handled."""
-        assert now_ns >= self._now_ns, f"time ran backwards: {now_ns} after {self._now_ns}"
-        self._now_ns = now_ns
+        self._set_time(now_ns)
         effects: list[ControlPlaneEffect] = []
         inbox, self._inbox = self._inbox, []
         for event, event_ns in inbox:
@@ -77,6 +78,11 @@ class ControlPlane:
 
     def deadline_ns(self) -> None:
         """It acts only on events."""
+
+    def _set_time(self, now_ns: int) -> None:
+        before_ns = self._outlook.now_ns
+        assert now_ns >= before_ns, f"time ran backwards: {now_ns} after {before_ns}"
+        self._outlook.now_ns = now_ns
 
     @property
     def news_can_wait(self) -> bool:
@@ -90,13 +96,14 @@ class ControlPlane:
     # --- events ----------------------------------------------------------------------------------------
 
     def _take_in(self, event: ControlPlaneEvent, event_ns: int, effects: list[ControlPlaneEffect]) -> None:
-        if type(event) is RequestArrived:
+        if type(event) is _ARRIVED:
             self._admit(event.request, effects)
-        elif type(event) is PrefillFinished:
+        elif type(event) is _PREFILLED:
             self._prefilled(event, event_ns, effects)
-        elif type(event) is RequestFinished:
+        elif type(event) is _FINISHED:
             self._finished(event)
         else:
+            assert not isinstance(event, RequestArrived | PrefillFinished | RequestFinished)
             self._take_in_change(event, effects)
 
     def _take_in_change(self, event: _Change, effects: list[ControlPlaneEffect]) -> None:
@@ -115,28 +122,28 @@ class ControlPlane:
                 assert_never(event)
 
     def _admit(self, spec: RequestSpec, effects: list[ControlPlaneEffect]) -> None:
-        request_id = spec.request_id
-        if request_id in self._requests:
+        request = AcceptedRequest(spec)
+        if request.request_id in self._requests:
             return  # its namesake goes on; the one terminal outcome of that id is still to come
         if len(self._queue) >= self._queue_max:
             self._dispatch(effects)  # so that a burst is not refused while instances have room
-        reason, retryable = self._refusal(spec)
+        reason, retryable = self._refusal(request)
         if reason is not None:
-            effects.append(RejectRequest(request_id, reason, retryable))
+            effects.append(RejectRequest(request.request_id, reason, retryable))
             return
-        request = AcceptedRequest(QueuedRequest(spec))
-        self._requests[request_id] = request
-        self._queue.push(request.queued)
+        self._requests[request.request_id] = request
+        self._queue.push(request)
 
-    def _refusal(self, spec: RequestSpec) -> tuple[str | None, bool]:
+    def _refusal(self, request: AcceptedRequest) -> tuple[str | None, bool]:
         """Why a request cannot be accepted, and whether trying again later may help."""
-        num_tokens, max_model_len = spec.num_prompt_tokens + spec.max_output_tokens, self._max_model_len
-        if max_model_len and num_tokens > max_model_len:
-            return f"{_tokens_of(spec)} exceed max_model_len {max_model_len}", False
+        num_slots, max_model_len = request.num_slots, self._max_model_len
+        if max_model_len and num_slots > max_model_len:
+            return f"{_tokens_of(request.spec)} exceed max_model_len {max_model_len}", False
         if not self._fleet.views:
             return "no instance is left to serve it", True
-        if num_tokens > self._fleet.num_slots_max:
-            return f"{_tokens_of(spec)} exceed the KV cache of every instance ({self._fleet.num_slots_max})", False
+        num_slots_max = self._fleet.num_slots_max
+        if num_slots > num_slots_max:
+            return f"{_tokens_of(request.spec)} exceed the KV cache of every instance ({num_slots_max})", False
         if len(self._queue) >= self._queue_max:
             return f"the queue is full ({self._queue_max} requests)", True
         return None, False
@@ -147,7 +154,7 @@ class ControlPlane:
             return
         self._learn(request, event_ns)
         self._prefill_is_over(request)
-        if not request.hand_over or request.spec.max_output_tokens - request.queued.num_output_tokens <= 1:
+        if not request.hand_over or request.spec.max_output_tokens - request.num_output_tokens <= 1:
             request.stage = Stage.DECODE
             return
         request.stage = Stage.HANDOVER
@@ -156,17 +163,17 @@ class ControlPlane:
 
     def _learn(self, request: AcceptedRequest, prefilled_ns: int) -> None:
         """Take the time from dispatch to first token into the running mean."""
-        num_tokens = request.queued.num_prefill_tokens
-        sample = (prefilled_ns - request.assigned_ns) / num_tokens
-        if self._prefill_ns_per_token == 0.0:
-            self._prefill_ns_per_token = sample
+        sample = (prefilled_ns - request.assigned_ns) / request.num_prefill_tokens
+        outlook = self._outlook
+        if outlook.prefill_ns_per_token == 0.0:
+            outlook.prefill_ns_per_token = sample
         else:
-            self._prefill_ns_per_token += _EWMA_SHARE * (sample - self._prefill_ns_per_token)
+            outlook.prefill_ns_per_token += _EWMA_SHARE * (sample - outlook.prefill_ns_per_token)
 
     def _prefill_is_over(self, request: AcceptedRequest) -> None:
         assert request.view is not None
-        request.view.add(num_prefill_tokens=-request.num_prefill_tokens)
-        request.num_prefill_tokens = 0
+        request.view.add(num_prefill_tokens=-request.num_counted_tokens)
+        request.num_counted_tokens = 0
 
     def _finished(self, event: RequestFinished) -> None:
         request = self._owned(event.request_id, event.instance_id)
@@ -174,7 +181,7 @@ class ControlPlane:
             return
         self._leave_view(request)
         self._leave_target(request)
-        del self._requests[event.request_id]
+        del self._requests[request.request_id]
 
     def _moved(self, event: RequestMoved, effects: list[ControlPlaneEffect]) -> None:
         request = self._owned(event.request_id, event.instance_id)
@@ -199,7 +206,7 @@ class ControlPlane:
             return
         request.cancelled = event.reason
         if request.view is None:
-            self._queue.remove(request_id)
+            self._queue.remove(request)
             del self._requests[request_id]
             effects.append(RejectRequest(request_id, "cancelled by the client", retryable=False))
         else:
@@ -213,22 +220,22 @@ class ControlPlane:
         request.attempt += 1
         target = None
         if request.attempt <= self.config.attempts_max:
-            target = self._fleet.choose_decode(request.spec, without)
+            target = self._fleet.choose_decode(request, without)
         if target is None:
             request.hand_over = False
             if request.stage is Stage.HANDOVER:
                 request.stage = Stage.DECODE
-            effects.append(DecodeHere(request.view.instance_id, request.spec.request_id))
+            effects.append(DecodeHere(request.view.instance_id, request.request_id))
             return
         request.target = target
-        target.add(num_requests=1, num_kv_tokens=request.spec.num_prompt_tokens)
+        target.add(num_requests=1, num_kv_tokens=request.num_prompt_tokens)
         effects.append(
             ReserveKV(
                 target.instance_id,
                 request.spec,
                 request.view.instance_id,
                 request.attempt,
-                request.queued.num_output_tokens,
+                request.num_output_tokens,
             )
         )
 
@@ -265,71 +272,65 @@ class ControlPlane:
 
     def _run_again(self, request: AcceptedRequest, effects: list[ControlPlaneEffect]) -> None:
         """The owner is gone: queue the request once more, or end it."""
-        request_id = request.spec.request_id
+        request_id = request.request_id
         if request.target is not None:
             effects.append(ReleaseKV(request.target.instance_id, request_id, request.attempt))
             self._leave_target(request)
-        request.view = None
-        request.hand_over = False
-        request.stage = Stage.QUEUED
-        request.num_prefill_tokens = 0
-        request.queued, request.output = request.output or request.queued, None
-        end = request.queued.end_of_output
+        request.lose_owner()
+        end = request.end_of_output
         if end is not None:
-            effects.append(RequestFinished(request_id, CONTROL_PLANE, end, request.queued.num_output_tokens))
+            effects.append(RequestFinished(request_id, CONTROL_PLANE, end, request.num_output_tokens))
         elif request.cancelled is not None:
             effects.append(RejectRequest(request_id, "cancelled by the client", retryable=False))
         elif request.num_runs >= self.config.attempts_max:
             effects.append(RejectRequest(request_id, "its instance was lost, once too often", retryable=True))
         else:
-            self._queue.push(request.queued)
+            self._queue.push(request)
             return
         del self._requests[request_id]
 
     def _reject_queue(self, reason: str, effects: list[ControlPlaneEffect]) -> None:
-        outlook = QueueOutlook(self._now_ns, self._prefill_ns_per_token)
-        while (queued := self._queue.next(outlook)) is not None:
-            self._reject(queued, reason, effects)
+        while (request := self._next_queued()) is not None:
+            self._reject(request, reason, effects)
 
-    def _reject(self, queued: QueuedRequest, reason: str, effects: list[ControlPlaneEffect]) -> None:
-        self._queue.remove(queued.request_id)
-        del self._requests[queued.request_id]
-        effects.append(RejectRequest(queued.request_id, reason, retryable=True))
+    def _reject(self, request: AcceptedRequest, reason: str, effects: list[ControlPlaneEffect]) -> None:
+        self._queue.remove(request)
+        del self._requests[request.request_id]
+        effects.append(RejectRequest(request.request_id, reason, retryable=True))
 
     # --- dispatch ------------------------------------------------------------------------------------------
 
     def _dispatch(self, effects: list[ControlPlaneEffect]) -> None:
         """Send requests out, in the strategy's order, for as long as somebody has room for the next."""
-        outlook = QueueOutlook(self._now_ns, self._prefill_ns_per_token)
-        while (queued := self._queue.next(outlook)) is not None:
-            if queued.spec.num_prompt_tokens + queued.spec.max_output_tokens > self._fleet.num_slots_max:
-                self._reject(queued, "it exceeds the KV cache of every instance that is left", effects)
+        while (request := self._next_queued()) is not None:
+            if request.num_slots > self._fleet.num_slots_max:
+                self._reject(request, "it exceeds the KV cache of every instance that is left", effects)
                 continue
-            placed = self._fleet.place(queued.spec, queued.num_prefill_tokens)
-            if placed is None:
+            view = self._fleet.place(request)
+            if view is None:
                 return
-            self._queue.served(queued.request_id)
-            view, hand_over = placed
-            self._assign(self._requests[queued.request_id], view, hand_over, effects)
+            self._queue.served(request)
+            self._assign(request, view, effects)
 
-    def _assign(
-        self, request: AcceptedRequest, view: InstanceView, hand_over: bool, effects: list[ControlPlaneEffect]
-    ) -> None:
-        queued = request.queued
+    def _next_queued(self) -> AcceptedRequest | None:
+        queued = self._queue.next(self._outlook)
+        assert queued is None or isinstance(queued, AcceptedRequest)
+        return queued
+
+    def _assign(self, request: AcceptedRequest, view: InstanceView, effects: list[ControlPlaneEffect]) -> None:
+        hand_over = self._fleet.hands_over(view)
         request.view = view
         request.hand_over = hand_over
         request.stage = Stage.PREFILL
         request.num_runs += 1
-        request.assigned_ns = self._now_ns
-        request.num_prefill_tokens = queued.num_prefill_tokens
-        view.add(
-            num_requests=1,
-            num_prefill_tokens=queued.num_prefill_tokens,
-            num_kv_tokens=queued.spec.num_prompt_tokens,
-        )
-        self._fleet.dispatched(queued.spec, view)
+        request.assigned_ns = self._outlook.now_ns
+        request.num_counted_tokens = num_tokens = request.num_prefill_tokens
+        view.add(num_requests=1, num_prefill_tokens=num_tokens, num_kv_tokens=request.num_prompt_tokens)
+        self._fleet.dispatched(request.spec, view)
         effects.append(
-            AssignRequest(view.instance_id, queued.spec, hand_over, queued.num_output_tokens, queued.output_token_ids)
+            AssignRequest(
+                view.instance_id, request.spec, hand_over, request.num_output_tokens, request.output_token_ids
+            )
         )
         if hand_over and self.config.handover_start is HandoverStart.STREAMED:
             self._reserve(request, None, effects)
@@ -347,14 +348,14 @@ class ControlPlane:
         assert request.view is not None
         request.view.add(
             num_requests=-1,
-            num_prefill_tokens=-request.num_prefill_tokens,
-            num_kv_tokens=-request.spec.num_prompt_tokens,
+            num_prefill_tokens=-request.num_counted_tokens,
+            num_kv_tokens=-request.num_prompt_tokens,
         )
-        request.num_prefill_tokens = 0
+        request.num_counted_tokens = 0
 
     def _leave_target(self, request: AcceptedRequest) -> None:
         if request.target is not None:
-            request.target.add(num_requests=-1, num_kv_tokens=-request.spec.num_prompt_tokens)
+            request.target.add(num_requests=-1, num_kv_tokens=-request.num_prompt_tokens)
             request.target = None
 
     @property
@@ -372,8 +373,8 @@ class ControlPlane:
             owned = [r for r in self._requests.values() if r.view is view]
             expected = [r for r in self._requests.values() if r.target is view]
             assert view.num_requests == len(owned) + len(expected), f"I3: {view.instance_id} is miscounted"
-            assert view.num_prefill_tokens == sum(r.num_prefill_tokens for r in owned)
-            in_window = (min(r.num_prefill_tokens, view.max_num_batched_tokens) for r in owned)
+            assert view.num_prefill_tokens == sum(r.num_counted_tokens for r in owned)
+            in_window = (min(r.num_counted_tokens, view.max_num_batched_tokens) for r in owned)
             assert view.num_window_tokens == sum(in_window), f"I3: {view.instance_id}'s window is miscounted"
         num_queued = sum(r.stage is Stage.QUEUED for r in self._requests.values())
         assert num_queued == len(self._queue), "I3: a request is in no queue, or in two"

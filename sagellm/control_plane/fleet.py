@@ -5,6 +5,7 @@ from typing import Final
 
 from sagellm.control_plane.instance_view import InstanceView
 from sagellm.control_plane.prefix_directory import PrefixDirectory, routing_keys
+from sagellm.control_plane.queued_request import QueuedRequest
 from sagellm.control_plane.routing import RoutingPolicy, make_routing_policy
 from sagellm.core.config import ControlPlaneConfig, Role
 from sagellm.core.identity import InstanceId
@@ -29,6 +30,7 @@ class Fleet:
         self._decode_policy = make_routing_policy(config.routing, rng)
         self._short_policy = make_routing_policy(config.routing, rng)
         self._directory = PrefixDirectory(PREFIX_ENTRIES_MAX)
+        self._disaggregate_min_tokens = config.disaggregate_min_tokens
         self._needs_hits = self._arrival_policy.needs_prefix_hits or config.disaggregate_min_tokens > 0
         self.num_slots_max = 0  # KV tokens of the largest request that can be served
         self._num_slots_min = 0  # KV tokens of the smallest instance
@@ -57,24 +59,25 @@ class Fleet:
         self.num_slots_max = min(_largest(self._arrivals_to), _largest(self.decodes_on or prefill))
         self._num_slots_min = min((view.num_token_slots for view in views), default=0)
 
-    def place(self, request: RequestSpec, num_tokens: int) -> tuple[InstanceView, bool] | None:
-        """The instance for a request with ``num_tokens`` to prefill, and whether it hands over.
+    def place(self, request: QueuedRequest) -> InstanceView | None:
+        """The instance for a request.
 
         None: no instance has room at present. With disaggregation a request whose uncached prompt is
         short goes where it decodes, and is prefilled there.
         """
-        hits = self._hit_tokens(request) if self._needs_hits else _NO_HITS
-        num_slots = request.num_prompt_tokens + request.max_output_tokens
-        min_tokens = self._config.disaggregate_min_tokens
+        hits = self._hit_tokens(request.spec) if self._needs_hits else _NO_HITS
+        num_tokens, num_slots = request.num_prefill_tokens, request.num_slots
+        min_tokens = self._disaggregate_min_tokens
         if self.is_disaggregated and min_tokens:
             short = [view for view in self.decodes_on if num_tokens - hits.get(view.instance_id, 0) < min_tokens]
             view = self._choose(self._short_policy, short, num_tokens, num_slots, hits)
             if view is not None:
-                return view, False
-        view = self._choose(self._arrival_policy, self._arrivals_to, num_tokens, num_slots, hits)
-        if view is None:
-            return None
-        return view, self.is_disaggregated and view.role is Role.PREFILL
+                return view
+        return self._choose(self._arrival_policy, self._arrivals_to, num_tokens, num_slots, hits)
+
+    def hands_over(self, view: InstanceView) -> bool:
+        """Whether what is prefilled on that instance decodes on another."""
+        return self.is_disaggregated and view.role is Role.PREFILL
 
     def _choose(
         self,
@@ -94,12 +97,10 @@ class Fleet:
             return None
         return policy.choose(views, num_tokens, hits)
 
-    def choose_decode(self, request: RequestSpec, without: InstanceId | None) -> InstanceView | None:
+    def choose_decode(self, request: QueuedRequest, without: InstanceId | None) -> InstanceView | None:
         """Where a prefilled request goes on, ``without`` being the one that it could not reach."""
         views = [view for view in self.decodes_on if view.instance_id != without]
-        views = [
-            view for view in views if view.num_token_slots >= request.num_prompt_tokens + request.max_output_tokens
-        ]
+        views = [view for view in views if view.num_token_slots >= request.num_slots]
         if not views:
             return None
         return self._decode_policy.choose(views, 0, _NO_HITS)

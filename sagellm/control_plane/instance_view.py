@@ -16,9 +16,10 @@ class InstanceView:
     """One instance's load, kept up to date by the control plane; policies only read it."""
 
     __slots__ = (
+        "_is_load_known",
+        "_load",
         "dispatch_tokens_max",
         "instance_id",
-        "load",
         "max_num_batched_tokens",
         "max_num_seqs",
         "num_kv_tokens",
@@ -40,7 +41,7 @@ class InstanceView:
         self.num_prefill_tokens = 0  # of these, tokens not yet prefilled
         self.num_window_tokens = 0  # of these, what counts towards dispatch_tokens_max
         self.num_kv_tokens = 0  # prompt tokens of these requests
-        self.load = 0.0
+        self._load, self._is_load_known = 0.0, True
 
     def has_room(self, num_tokens: int) -> bool:
         """True where a request with so many tokens to prefill may be sent; an idle one takes any."""
@@ -57,18 +58,28 @@ class InstanceView:
         return min(num_tokens, self.max_num_batched_tokens)
 
     def add(self, *, num_requests: int = 0, num_prefill_tokens: int = 0, num_kv_tokens: int = 0) -> None:
-        """Change the counts, by what one request has of each, and the load that follows from them.
-
-        The load adds up what the instance has of each of its limits: full steps of prefill ahead, the
-        share of its places taken, and the share of its KV cache spoken for.
-        """
+        """Change the counts, by what one request has of each."""
         self.num_requests += num_requests
         self.num_prefill_tokens += num_prefill_tokens
-        in_window = self._in_window(abs(num_prefill_tokens))
-        self.num_window_tokens += in_window if num_prefill_tokens > 0 else -in_window
+        if num_prefill_tokens > 0:
+            self.num_window_tokens += self._in_window(num_prefill_tokens)
+        else:
+            self.num_window_tokens -= self._in_window(-num_prefill_tokens)
         self.num_kv_tokens += num_kv_tokens
-        self.load = (
-            self.num_prefill_tokens / self.max_num_batched_tokens
-            + self.num_requests / self.max_num_seqs
-            + self.num_kv_tokens / self.num_token_slots
-        )
+        self._is_load_known = False
+
+    @property
+    def load(self) -> float:
+        """What the instance has of each of its limits, added up.
+
+        That is full steps of prefill ahead, the share of its places taken, and the share of its KV cache spoken for.
+        It is worked out when it is asked for: counts change more often than requests are routed.
+        """
+        if not self._is_load_known:
+            self._is_load_known = True
+            self._load = (
+                self.num_prefill_tokens / self.max_num_batched_tokens
+                + self.num_requests / self.max_num_seqs
+                + self.num_kv_tokens / self.num_token_slots
+            )
+        return self._load

@@ -1,35 +1,57 @@
 """A request in the control plane's queue, as strategies see it."""
 
+from __future__ import annotations
+
 from sagellm.core.identity import RequestId
 from sagellm.core.request import FinishReason, RequestSpec
 
 
 class QueuedRequest:
-    """``num_output_tokens`` were already sent to the client by an instance that is gone."""
+    """What of a request is asked for again and again, and what is left of it to run.
 
-    __slots__ = ("num_output_tokens", "num_prefill_tokens", "output_token_ids", "request_id", "spec")
+    ``num_output_tokens`` were already sent to the client by an instance that is gone.
+    """
 
-    def __init__(
-        self, spec: RequestSpec, num_output_tokens: int = 0, output_token_ids: tuple[int, ...] | None = None
-    ) -> None:
+    __slots__ = (
+        "ahead",
+        "arrival_ns",
+        "behind",
+        "num_output_tokens",
+        "num_prompt_tokens",
+        "num_slots",
+        "output_token_ids",
+        "request_id",
+        "spec",
+    )
+
+    def __init__(self, spec: RequestSpec) -> None:
         self.spec = spec
-        self.num_output_tokens = num_output_tokens
-        self.output_token_ids = output_token_ids
         self.request_id: RequestId = spec.request_id
-        self.num_prefill_tokens: int = spec.num_prompt_tokens + num_output_tokens
+        self.arrival_ns: int = spec.arrival_ns
+        self.num_prompt_tokens: int = spec.num_prompt_tokens
+        self.num_slots: int = self.num_prompt_tokens + spec.max_output_tokens  # KV tokens, once it is complete
+        self.num_output_tokens = 0
+        self.output_token_ids: tuple[int, ...] | None = None
+        self.ahead: QueuedRequest | None = None  # its neighbours in a `FifoStrategy`
+        self.behind: QueuedRequest | None = None
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens whose KV must be there before the next one can come."""
+        return self.num_prompt_tokens + self.num_output_tokens
 
     @property
     def end_of_output(self) -> FinishReason | None:
         """Why nothing more is to come of a request that was running; None: there is."""
         if self.output_token_ids and self.output_token_ids[-1] in self.spec.stop_token_ids:
             return FinishReason.STOP
-        return FinishReason.LENGTH if self.num_output_tokens >= self.spec.max_output_tokens else None
+        return FinishReason.LENGTH if self.num_prefill_tokens >= self.num_slots else None
 
     @property
     def ttft_deadline_ns(self) -> int | None:
         """By when the first token must be out; None without a limit."""
         ttft_ns = self.spec.slo.ttft_ns
-        return None if ttft_ns is None else self.spec.arrival_ns + ttft_ns
+        return None if ttft_ns is None else self.arrival_ns + ttft_ns
 
 
 class QueueOutlook:

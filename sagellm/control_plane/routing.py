@@ -1,7 +1,7 @@
 """Which instance takes a request. Policies are pure: they read views and say who."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import ClassVar
 
 from sagellm.control_plane.instance_view import InstanceView
 from sagellm.core.identity import InstanceId
@@ -10,21 +10,20 @@ from sagellm.core.randomness import Rng
 ROUTING_NAMES = ("round_robin", "least_loaded", "power_of_two", "prefix_affinity")
 
 
-class RoutingPolicy(Protocol):
+class RoutingPolicy:
     """Chooses among candidates; there is always at least one, and their order never changes."""
 
-    needs_prefix_hits: bool
+    needs_prefix_hits: ClassVar[bool] = False
 
     def choose(
         self, candidates: list[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
     ) -> InstanceView:
         """``num_tokens`` are to be prefilled; ``hit_tokens`` of them are probably cached, by instance."""
+        raise NotImplementedError
 
 
-class RoundRobin:
+class RoundRobin(RoutingPolicy):
     """One after the other."""
-
-    needs_prefix_hits = False
 
     def __init__(self) -> None:
         self._next = 0
@@ -37,10 +36,8 @@ class RoundRobin:
         return view
 
 
-class LeastLoaded:
+class LeastLoaded(RoutingPolicy):
     """The least `InstanceView.load`; the first of equals."""
-
-    needs_prefix_hits = False
 
     def choose(
         self, candidates: list[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
@@ -48,10 +45,8 @@ class LeastLoaded:
         return _least_loaded(candidates)
 
 
-class PowerOfTwo:
+class PowerOfTwo(RoutingPolicy):
     """The less loaded of two drawn at random (Mitzenmacher, 2001): nearly as even as looking at all."""
-
-    needs_prefix_hits = False
 
     def __init__(self, rng: Rng) -> None:
         self._rng = rng
@@ -67,14 +62,14 @@ class PowerOfTwo:
         return _least_loaded([candidates[min(first, second)], candidates[max(first, second)]])
 
 
-class PrefixAffinity:
+class PrefixAffinity(RoutingPolicy):
     """The least load once the request is there, where cached tokens are no load.
 
     A hit of h tokens is worth exactly the h tokens of prefill that it saves: an instance is not
     preferred for its cache when its queue costs more than the hit saves.
     """
 
-    needs_prefix_hits = True
+    needs_prefix_hits: ClassVar[bool] = True
 
     def choose(
         self, candidates: list[InstanceView], num_tokens: int, hit_tokens: Mapping[InstanceId, int]
@@ -90,9 +85,13 @@ class PrefixAffinity:
 def _least_loaded(candidates: list[InstanceView]) -> InstanceView:
     """The first of equals."""
     least = candidates[0]
+    if len(candidates) == 1:
+        return least
+    least_load = least.load
     for view in candidates:
-        if view.load < least.load:
-            least = view
+        load = view.load
+        if load < least_load:
+            least, least_load = view, load
     return least
 
 

@@ -226,9 +226,32 @@ def test_a_late_request_waits_for_a_bounded_number_of_others() -> None:
     while "late" not in served:
         queued = queue.next(outlook)
         assert queued is not None
-        queue.served(queued.request_id)
+        queue.served(queued)
         served.append(queued.request_id)
     assert 1 < len(served) <= LATE_SHARE
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fifo_keeps_the_order_of_arrival_whoever_leaves_or_comes_back(seed: int) -> None:
+    rng = Random(seed)
+    queue = make_strategy("fifo")
+    outlook = QueueOutlook(now_ns=0, prefill_ns_per_token=0.0)
+    waiting: list[QueuedRequest] = []  # in order of insertion
+    served: list[QueuedRequest] = []
+    for i in range(300):
+        move = rng.choice(["arrive", "arrive", "serve", "cancel", "come back"])
+        if move == "arrive" or (move == "come back" and served):
+            new = QueuedRequest(RequestSpec(RequestId(f"r{i}"), i // 3, 10, 5))
+            waiting.append(new if move == "arrive" else served.pop(rng.randrange(len(served))))
+            queue.push(waiting[-1])
+        elif move == "serve" and waiting:
+            served.append(min(waiting, key=lambda request: request.arrival_ns))
+            waiting.remove(served[-1])
+            assert queue.next(outlook) is served[-1]
+            queue.served(served[-1])
+        elif move == "cancel" and waiting:
+            queue.remove(waiting.pop(rng.randrange(len(waiting))))
+        assert len(queue) == len(waiting)
 
 
 @pytest.mark.parametrize("strategy", STRATEGY_NAMES)

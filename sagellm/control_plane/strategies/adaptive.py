@@ -4,7 +4,6 @@ from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
 from sagellm.control_plane.strategies.fifo import FifoStrategy
 from sagellm.control_plane.strategies.slo_aware import SLOAwareStrategy
 from sagellm.control_plane.strategies.strategy import Strategy
-from sagellm.core.identity import RequestId
 
 PRESSURE_SHARE = 0.5
 """The oldest request having waited for this share of its TTFT limit means that there is no room."""
@@ -17,10 +16,10 @@ class AdaptiveStrategy(Strategy):
 
     def __init__(self) -> None:
         self._classes: dict[int, tuple[FifoStrategy, SLOAwareStrategy]] = {}  # by priority
-        self._class_of: dict[RequestId, int] = {}
+        self._num_requests = 0
 
     def __len__(self) -> int:
-        return len(self._class_of)
+        return self._num_requests
 
     def push(self, request: QueuedRequest) -> None:
         priority = request.spec.priority
@@ -28,10 +27,10 @@ class AdaptiveStrategy(Strategy):
             self._classes[priority] = (FifoStrategy(), SLOAwareStrategy())
         for queue in self._classes[priority]:
             queue.push(request)
-        self._class_of[request.request_id] = priority
+        self._num_requests += 1
 
     def next(self, outlook: QueueOutlook) -> QueuedRequest | None:
-        if not self._class_of:
+        if not self._classes:
             return None
         fifo, slo_aware = self._classes[min(self._classes)]
         oldest = fifo.next(outlook)
@@ -39,24 +38,23 @@ class AdaptiveStrategy(Strategy):
             return oldest
         return slo_aware.next(outlook)
 
-    def served(self, request_id: RequestId) -> None:
-        for queue in self._classes[self._class_of[request_id]]:
-            queue.served(request_id)
-        self._forget(request_id)
+    def served(self, request: QueuedRequest) -> None:
+        for queue in self._classes[request.spec.priority]:
+            queue.served(request)
+        self._left(request)
 
-    def remove(self, request_id: RequestId) -> None:
-        if request_id not in self._class_of:
-            return
-        for queue in self._classes[self._class_of[request_id]]:
-            queue.remove(request_id)
-        self._forget(request_id)
+    def remove(self, request: QueuedRequest) -> None:
+        for queue in self._classes[request.spec.priority]:
+            queue.remove(request)
+        self._left(request)
 
-    def _forget(self, request_id: RequestId) -> None:
-        priority = self._class_of.pop(request_id)
+    def _left(self, request: QueuedRequest) -> None:
+        self._num_requests -= 1
+        priority = request.spec.priority
         if not len(self._classes[priority][0]):
             del self._classes[priority]
 
 
 def is_pressed(request: QueuedRequest, now_ns: int) -> bool:
     ttft_ns = request.spec.slo.ttft_ns
-    return ttft_ns is not None and now_ns - request.spec.arrival_ns > PRESSURE_SHARE * ttft_ns
+    return ttft_ns is not None and now_ns - request.arrival_ns > PRESSURE_SHARE * ttft_ns

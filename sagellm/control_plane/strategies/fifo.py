@@ -1,10 +1,51 @@
 """First come, first served."""
 
-from sagellm.control_plane.strategies.keyed_queue import KeyedStrategy
+from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
+from sagellm.control_plane.strategies.strategy import Strategy
 
 
-class FifoStrategy(KeyedStrategy):
-    """By arrival. A request that comes back from a lost instance keeps its place."""
+class FifoStrategy(Strategy):
+    """By arrival, equals as they came. A request that comes back from a lost instance keeps its place.
+
+    It is a list in which each request knows its neighbours: nearly all come last and leave first, and one that is
+    cancelled leaves from anywhere as easily.
+    """
 
     def __init__(self) -> None:
-        super().__init__(lambda request: (request.spec.arrival_ns,))
+        self._first: QueuedRequest | None = None
+        self._last: QueuedRequest | None = None
+        self._num_requests = 0
+
+    def __len__(self) -> int:
+        return self._num_requests
+
+    def push(self, request: QueuedRequest) -> None:
+        self._num_requests += 1
+        ahead = self._last
+        while ahead is not None and ahead.arrival_ns > request.arrival_ns:
+            ahead = ahead.ahead
+        behind = self._first if ahead is None else ahead.behind
+        self._make_neighbours(ahead, request)
+        self._make_neighbours(request, behind)
+
+    def next(self, outlook: QueueOutlook) -> QueuedRequest | None:
+        return self._first
+
+    def served(self, request: QueuedRequest) -> None:
+        self.remove(request)
+
+    def remove(self, request: QueuedRequest) -> None:
+        self._num_requests -= 1
+        self._make_neighbours(request.ahead, request.behind)
+        request.ahead = request.behind = None
+
+    def _make_neighbours(self, ahead: QueuedRequest | None, behind: QueuedRequest | None) -> None:
+        """None stands for what is ahead of the first and behind the last."""
+        if ahead is None:
+            self._first = behind
+        else:
+            ahead.behind = behind
+        if behind is None:
+            self._last = ahead
+        else:
+            behind.ahead = ahead

@@ -36,9 +36,9 @@ class KeyedQueue:
             heappop(heap)
         return None
 
-    def remove(self, request_id: RequestId) -> None:
+    def remove(self, request: QueuedRequest) -> None:
         """Take a request out; nothing happens where it is not in."""
-        self._live.pop(request_id, None)
+        self._live.pop(request.request_id, None)
 
 
 class KeyedStrategy(Strategy):
@@ -56,8 +56,8 @@ class KeyedStrategy(Strategy):
     def next(self, outlook: QueueOutlook) -> QueuedRequest | None:
         return self._queue.peek()
 
-    def served(self, request_id: RequestId) -> None:
-        self._queue.remove(request_id)
+    def served(self, request: QueuedRequest) -> None:
+        self._queue.remove(request)
 
-    def remove(self, request_id: RequestId) -> None:
-        self._queue.remove(request_id)
+    def remove(self, request: QueuedRequest) -> None:
+        self._queue.remove(request)

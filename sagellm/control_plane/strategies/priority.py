@@ -7,4 +7,4 @@ class PriorityStrategy(KeyedStrategy):
     """By (priority, arrival), strictly: a flood of urgent requests holds the others back for as long as it lasts."""
 
     def __init__(self) -> None:
-        super().__init__(lambda request: (request.spec.priority, request.spec.arrival_ns))
+        super().__init__(lambda request: (request.spec.priority, request.arrival_ns))

@@ -3,7 +3,6 @@
 from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
 from sagellm.control_plane.strategies.keyed_queue import KeyedQueue
 from sagellm.control_plane.strategies.strategy import Strategy
-from sagellm.core.identity import RequestId
 
 NO_DEADLINE_NS = 1 << 62
 LATE_SHARE = 8
@@ -19,7 +18,7 @@ class SLOAwareStrategy(Strategy):
 
     def __init__(self) -> None:
         self._in_time = KeyedQueue(_by_deadline)
-        self._late = KeyedQueue(lambda request: (request.spec.arrival_ns,))
+        self._late = KeyedQueue(lambda request: (request.arrival_ns,))
         self._num_since_late = 0
 
     def __len__(self) -> int:
@@ -30,24 +29,23 @@ class SLOAwareStrategy(Strategy):
 
     def next(self, outlook: QueueOutlook) -> QueuedRequest | None:
         while (request := self._in_time.peek()) is not None and is_late(request, outlook):
-            self._in_time.remove(request.request_id)
+            self._in_time.remove(request)
             self._late.push(request)
         late = self._late.peek()
         if request is None or (late is not None and self._num_since_late >= LATE_SHARE - 1):
             return late
         return request
 
-    def served(self, request_id: RequestId) -> None:
-        was_late = self._late.peek()
-        if was_late is not None and was_late.request_id == request_id:
+    def served(self, request: QueuedRequest) -> None:
+        if request is self._late.peek():
             self._num_since_late = 0
         else:
             self._num_since_late += 1
-        self.remove(request_id)
+        self.remove(request)
 
-    def remove(self, request_id: RequestId) -> None:
-        self._in_time.remove(request_id)
-        self._late.remove(request_id)
+    def remove(self, request: QueuedRequest) -> None:
+        self._in_time.remove(request)
+        self._late.remove(request)
 
 
 def is_late(request: QueuedRequest, outlook: QueueOutlook) -> bool:
@@ -60,6 +58,6 @@ def is_late(request: QueuedRequest, outlook: QueueOutlook) -> bool:
 
 def _by_deadline(request: QueuedRequest) -> tuple[int, ...]:
     if request.num_output_tokens:
-        return (0, request.spec.arrival_ns)  # its client is in the middle of an answer
+        return (0, request.arrival_ns)  # its client is in the middle of an answer
     deadline_ns = request.ttft_deadline_ns
-    return (NO_DEADLINE_NS if deadline_ns is None else deadline_ns, request.spec.arrival_ns)
+    return (NO_DEADLINE_NS if deadline_ns is None else deadline_ns, request.arrival_ns)

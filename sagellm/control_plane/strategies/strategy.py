@@ -1,7 +1,6 @@
 """The interface of a strategy."""
 
 from sagellm.control_plane.queued_request import QueuedRequest, QueueOutlook
-from sagellm.core.identity import RequestId
 
 
 class Strategy:
@@ -18,10 +17,10 @@ class Strategy:
         """Who is to be served next; the request stays in the queue. None: the queue is empty."""
         raise NotImplementedError
 
-    def served(self, request_id: RequestId) -> None:
+    def served(self, request: QueuedRequest) -> None:
         """The request given by `next` is on its way to an instance."""
         raise NotImplementedError
 
-    def remove(self, request_id: RequestId) -> None:
-        """The request left for another reason."""
+    def remove(self, request: QueuedRequest) -> None:
+        """The request, which is in the queue, leaves it for another reason."""
         raise NotImplementedError

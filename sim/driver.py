@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from random import Random
-from typing import assert_never
+from typing import Final, assert_never
 
 from sagellm.control_plane.control_plane import ControlPlane
 from sagellm.core.identity import CONTROL_PLANE, InstanceId
@@ -55,6 +55,14 @@ from sim.driven_instance import DrivenInstance, DrivenMachine
 from sim.environment import Call, CallQueue, FunctionCall
 from sim.mail import Mail
 from sim.network import Network
+
+# What nearly every step gives. Compiled code has constants at hand, while it looks imported names up each time.
+_EMIT_TOKENS: Final = EmitTokens
+_RUN_STEP: Final = RunStep
+_REQUEST_FINISHED: Final = RequestFinished
+_PREFILL_FINISHED: Final = PrefillFinished
+_STEP_FINISHED: Final = StepFinished
+_STEP_PROGRESSED: Final = StepProgressed
 
 
 class SimDriver:
@@ -237,9 +245,9 @@ class SimDriver:
         )
 
     def _step_reported(self, instance: DrivenInstance, report: StepReport, now_ns: int) -> None:
-        if type(report) is StepFinished:
+        if type(report) is _STEP_FINISHED:
             self._fold.step_finished(now_ns, report)
-        elif type(report) is StepProgressed:
+        elif type(report) is _STEP_PROGRESSED:
             self._fold.step_progressed(now_ns, report)
         else:
             self._fold.observe(now_ns, report)
@@ -259,18 +267,19 @@ class SimDriver:
             self._arm(instance)
 
     def _perform_for_instance(self, instance: DrivenInstance, effect: InstanceEffect, now_ns: int) -> None:
-        if type(effect) is EmitTokens:
+        if type(effect) is _EMIT_TOKENS:
             self._fold.emitted(now_ns, effect)
-        elif type(effect) is RunStep:
+        elif type(effect) is _RUN_STEP:
             self._fold.step_launched(now_ns, effect)
             instance.device.launch(effect, now_ns)
-        elif type(effect) is RequestFinished:
+        elif type(effect) is _REQUEST_FINISHED:
             self._fold.finished(now_ns, effect)
             self._send_news(effect, now_ns)
             self._request_is_over(effect.request_id, now_ns)
-        elif type(effect) is PrefillFinished:
+        elif type(effect) is _PREFILL_FINISHED:
             self._send_news(effect, now_ns)
         else:
+            assert not isinstance(effect, EmitTokens | RunStep | RequestFinished | PrefillFinished)
             self._perform_hand_over(instance, effect, now_ns)
 
     def _perform_hand_over(self, instance: DrivenInstance, effect: HandoverEffect, now_ns: int) -> None:

@@ -43,7 +43,11 @@ from sagellm.runtime.steps_in_flight import Return, StepInFlight, StepsInFlight
 
 _ChangeOfPlan = ReserveKV | AbortRequest | ReleaseKV | SourceLost | DecodeHere | HandoverFinished | KVReserved
 _HandoverEvent = KVReserved | KVTransferred | KVTransferFailed
-# By name each would be looked up in its enum again for every request that ends.
+# What every step or request has to do with. Compiled code has constants at hand, while it looks imported names and
+# members of enums up each time.
+_STEP_FINISHED: Final = StepFinished
+_STEP_PROGRESSED: Final = StepProgressed
+_ASSIGN_REQUEST: Final = AssignRequest
 _LENGTH: Final = FinishReason.LENGTH
 _STOP: Final = FinishReason.STOP
 
@@ -70,17 +74,18 @@ class Instance:
         """Record what happened. Decides nothing."""
         assert now_ns >= self._now_ns, f"time ran backwards: {now_ns} after {self._now_ns}"
         self._now_ns = now_ns
-        if type(event) is StepFinished:
+        if type(event) is _STEP_FINISHED:
             self._steps.finished(event, now_ns)
-        elif type(event) is StepProgressed:
+        elif type(event) is _STEP_PROGRESSED:
             self._steps.progressed(event)
-        elif type(event) is AssignRequest:
+        elif type(event) is _ASSIGN_REQUEST:
             self._inbox.append(event)
         elif isinstance(event, StepFailed):
             self._steps.failed_to_come_back(event, now_ns)
         elif isinstance(event, KVReserved | KVTransferred | KVTransferFailed):
             self._handover_inbox.append(event)
         else:
+            assert not isinstance(event, StepFinished | StepProgressed)
             self._inbox.append(event)
 
     def poll(self, now_ns: int) -> tuple[InstanceEffect, ...]:

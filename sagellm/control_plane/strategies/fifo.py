@@ -21,10 +21,12 @@ class FifoStrategy(Strategy):
 
     def push(self, request: QueuedRequest) -> None:
         self._num_requests += 1
-        ahead = self._last
-        while ahead is not None and ahead.arrival_ns > request.arrival_ns:
-            ahead = ahead.ahead
-        behind = self._first if ahead is None else ahead.behind
+        ahead, behind = self._last, None
+        if ahead is not None and ahead.arrival_ns > request.arrival_ns:
+            # It comes back, and has waited before most of those that wait now came.
+            ahead, behind = None, self._first
+            while behind is not None and behind.arrival_ns <= request.arrival_ns:
+                ahead, behind = behind, behind.behind
         self._make_neighbours(ahead, request)
         self._make_neighbours(request, behind)
 

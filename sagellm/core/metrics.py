@@ -186,7 +186,7 @@ class MetricsFold:
         self._instances: dict[InstanceId, _InstanceFold] = {}
         self._transfers: dict[TransferId, TransferRecord] = {}
         self._gaps = _Gaps()
-        self._queued: dict[RequestId, None] = {}
+        self._num_queued = 0
         self._queue_time_ns = _Integers()
         self._queue_depth = _Integers()
         # What `observe` calls for each kind of record; kinds that are not in it do not matter here.
@@ -217,26 +217,30 @@ class MetricsFold:
     def arrived(self, now_ns: int, event: RequestArrived) -> None:
         request = event.request
         self.metrics.requests[request.request_id] = RequestRecord(request)
-        self._queued[request.request_id] = None
+        self._num_queued += 1
         self._note_queue_depth(now_ns)
 
     def assigned(self, now_ns: int, effect: AssignRequest) -> None:
-        self._queued.pop(effect.request.request_id, None)
+        record = self.metrics.requests[effect.request.request_id]
+        if not record.was_assigned:
+            record.was_assigned = True
+            self._num_queued -= 1
         self._note_queue_depth(now_ns)
 
     def _note_queue_depth(self, now_ns: int) -> None:
         times_ns, depths = self._queue_time_ns.pending, self._queue_depth.pending
         if times_ns and times_ns[-1] == now_ns:
-            depths[-1] = len(self._queued)
+            depths[-1] = self._num_queued
         else:
             times_ns.append(now_ns)
-            depths.append(len(self._queued))
+            depths.append(self._num_queued)
 
     def _rejected(self, now_ns: int, effect: RejectRequest) -> None:
         record = self.metrics.requests[effect.request_id]
         record.num_output_tokens = self.num_emitted(effect.request_id)
         record.reject_reason = effect.reason
-        if self._queued.pop(effect.request_id, 0) is None:
+        if not record.was_assigned:
+            self._num_queued -= 1
             self._note_queue_depth(now_ns)
 
     def step_launched(self, now_ns: int, effect: RunStep) -> None:

@@ -23,6 +23,7 @@ class RequestRecord:
         "prefill_instance",
         "reject_reason",
         "request",
+        "was_assigned",
     )
 
     def __init__(
@@ -49,6 +50,7 @@ class RequestRecord:
         self.decode_instance = decode_instance
         self.finish_reason = finish_reason
         self.reject_reason = reject_reason
+        self.was_assigned = False  # to an instance: it has left the queue
 
     @property
     def ttft_ns(self) -> int | None:

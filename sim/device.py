@@ -36,11 +36,14 @@ class _Launched:
     __slots__ = (
         "base_fs",
         "base_ns",
+        "begin_ns",
         "behind_ns",
         "due",
         "ends_quietly",
+        "expected_ns",
         "growth_fs",
         "is_open",
+        "lead_ns",
         "num_reported",
         "num_to_run",
         "offset_fs",
@@ -60,6 +63,9 @@ class _Launched:
         self.period_fs = device_fs + gap_fs  # gap: what the host takes between repetitions, where it does not hide
         self.growth_fs = growth_fs
         self.behind_ns = behind_ns  # end of the step before it; -1: it was launched on an idle device
+        self.begin_ns = behind_ns  # as the instance sees it: the launch, or the end of the step before it
+        self.lead_ns = 0  # the step behind is planned so long before a repetition is expected to end; 0: at its begin
+        self.expected_ns = 0  # how long the first repetition is expected to take
         self.num_to_run = 1
         self.is_open = False  # more repetitions may follow than are committed
         self.ends_quietly = False  # where nothing comes before the last repetition, all are reported at once
@@ -101,6 +107,16 @@ class _Launched:
         while repetition > 1 and self.end_ns(repetition - 1) >= now_ns:
             repetition -= 1
         return repetition
+
+    def length_ns(self, repetition: int) -> int:
+        """How long a repetition takes, as the instance sees it."""
+        return self.end_ns(repetition) - (self.end_ns(repetition - 1) if repetition > 1 else self.begin_ns)
+
+    def planned_ns(self, num_done: int) -> int:
+        """When the step is planned that is behind the repetition after so many."""
+        if not num_done:
+            return self.begin_ns + max(0, self.expected_ns - self.lead_ns)
+        return self.end_ns(num_done) + max(0, self.length_ns(num_done) - self.lead_ns)
 
     def length_fs(self, repetition: int) -> int:
         """How long a repetition takes, with the gap before it."""
@@ -147,6 +163,7 @@ class SimDevice:
         self._left_out_slowdown = 0  # as it was then; 0: it has not changed
         self._prefilling_ns = 0  # how long steps with chunks have followed each other
         self._slowdown = 1  # a straggler's device takes so many times as long
+        self._failing_since_ns = 0
         self._ends_to_failure = -1  # executions still to end well before one fails; -1: none is to fail
 
     def launch(self, step: RunStep, now_ns: int) -> None:
@@ -181,6 +198,7 @@ class SimDevice:
         start_fs = max(ready_fs, self._device_free_fs)
         gap_fs = host_fs if self._is_synchronous else 0
         launched = _Launched(step, start_fs, device_fs, growth_fs, gap_fs, behind_ns)
+        launched.begin_ns = begin_ns = max(behind_ns, now_ns)
         self._launched.append(launched)
         if repeat_max == 1:
             self._finish_at(launched, 1)
@@ -190,13 +208,35 @@ class SimDevice:
             self._finish_at(launched, num_max)
         elif num_max == 1 or host_fs > device_fs:
             # Where the host is the slower one, every step must be looked at by itself.
-            self._progress_at(launched, 0, max(behind_ns, now_ns))
+            self._progress_at(launched, 0, begin_ns)
+        elif step.plan_lead_ns:
+            self._launch_paced(launched, num_max, host_fs)
         elif step.ends_quietly and num_max == repeat_max:
             launched.ends_quietly = True
             self._is_left_out_cut, self._left_out_slowdown = False, 0
             self._finish_at(launched, num_max)
         else:
             self._progress_at(launched, num_max - 1, launched.end_ns(num_max - 1))
+
+    def _launch_paced(self, launched: _Launched, num_max: int, host_fs: int) -> None:
+        """Repeat a step that the ones behind it are planned late for, if the host still hides behind the device."""
+        step, first = launched.step, self._launched[0]
+        lead_ns = step.plan_lead_ns
+        launched.expected_ns = step.expected_ns
+        if first is not launched and not first.step.plan.chunks:
+            launched.expected_ns = first.length_ns(first.num_to_run)
+        launched.lead_ns = lead_ns
+        # From the third one on a repetition is expected to take as long as it does, less its growth and two roundings.
+        hides = (
+            lead_ns * _FS_PER_NS >= host_fs + 2 * _FS_PER_NS
+            and launched.planned_ns(0) * _FS_PER_NS + host_fs <= launched.end_fs(1)
+            and launched.planned_ns(1) * _FS_PER_NS + host_fs <= launched.end_fs(2)
+        )
+        if hides:
+            self._progress_at(launched, num_max - 1, launched.planned_ns(num_max - 1))
+        else:
+            launched.lead_ns = 0
+            self._progress_at(launched, 0, launched.begin_ns)
 
     def interrupt(self, now_ns: int) -> None:
         """An event came for the instance: let a repeated step end at the next boundary."""
@@ -205,6 +245,13 @@ class SimDevice:
         if not self._launched or not self._launched[-1].is_open:
             return
         launched = self._launched[-1]
+        if launched.lead_ns:
+            num_done = launched.first_end_from(now_ns)
+            if launched.planned_ns(num_done - 1) >= now_ns:
+                num_done -= 1
+            if num_done < launched.num_to_run - 1:
+                self._progress_at(launched, num_done, launched.planned_ns(num_done))
+            return
         if not self._is_synchronous and launched.behind_ns >= now_ns:
             launched.ends_quietly = False
             self._progress_at(launched, 0, launched.behind_ns)
@@ -225,6 +272,7 @@ class SimDevice:
         is_boundary = _to_ns(self._last_end_fs) == now_ns
         if self._ends_to_failure < 0:
             self._ends_to_failure = 1 if self._launched and not is_boundary else 0
+            self._failing_since_ns = now_ns
 
     def slow_down(self, slowdown: int, now_ns: int) -> None:
         """Steps launched from now on take so many times as long."""
@@ -268,7 +316,8 @@ class SimDevice:
         if num_done:
             self._last_end_fs = end_fs = launched.end_fs(num_done)
             ends_ns = launched.take_ends(num_done, end_fs)
-            self._ends_to_failure = min(self._ends_to_failure, 0)
+            if self._ends_to_failure > 0 and _to_ns(end_fs) >= self._failing_since_ns:
+                self._ends_to_failure = 0
         self._finish_at(launched, num_done + 1)
         step = launched.step
         self._report(StepProgressed(step.instance_id, step.step_id, ends_ns), at_ns)
@@ -293,6 +342,8 @@ class SimDevice:
         step = launched.step
         if self._ends_to_failure == 0:
             self._ends_to_failure = -1
+            if self._launched:
+                self._launched[0].lead_ns = 0  # the instance learns nothing from how long the failed one took
             self.interrupt(at_ns)
             self._report(StepFailed(step.instance_id, step.step_id, "injected fault"), at_ns)
         else:

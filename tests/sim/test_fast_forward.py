@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from random_runs import (
     Recording,
     assert_all_is_over,
+    planned_late,
     random_cluster,
     random_faults,
     random_trace,
@@ -19,8 +20,8 @@ from random_runs import (
 )
 
 from sagellm.core.config import HandoverStart, Role
-from sagellm.core.identity import RequestId
-from sagellm.core.messages import StepFinished
+from sagellm.core.identity import InstanceId, RequestId
+from sagellm.core.messages import RunStep, StepFinished
 from sagellm.core.request import LatencySLO
 from sim.cluster import SimCluster
 from sim.faults import ClientCancels, Fault, InstanceDies, InstanceSlows, StepFails, TransfersFail
@@ -30,10 +31,11 @@ NUM_EXAMPLES = int(os.environ.get("SAGELLM_EXAMPLES", "20"))
 COVERAGE_SEEDS = range(36)
 
 
-def both_ways(seed: int, *, with_faults: bool) -> tuple[SimCluster, Recording, Recording]:
+def both_ways(seed: int, *, with_faults: bool, late: bool = False) -> tuple[SimCluster, Recording, Recording]:
     """The same random run, with fast-forward and without."""
     rng = Random(seed)
     cluster, trace = random_cluster(rng), random_trace(rng)
+    cluster = planned_late(rng, cluster) if late else cluster
     faults: tuple[Fault, ...] = random_faults(rng, cluster, trace) if with_faults else ()
     slo = rng.choice([None, LatencySLO(ttft_ns=50_000_000, tpot_ns=20_000_000)])
     fast = record(cluster, trace, seed=seed, faults=faults, slo=slo)
@@ -62,6 +64,15 @@ def test_same_decisions_and_token_times(seed: int, with_faults: bool) -> None:
     for what in ("repeated", "preempted", "KVTransferred", "KVTransferFailed", "StepFailed", "InstanceLost"):
         if fast.counts[what]:
             event(what)
+    assert_equal(fast, slow)
+    assert_all_is_over(fast)
+    assert_all_is_over(slow)
+
+
+@settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 1 << 40), with_faults=st.booleans())
+def test_steps_planned_late_are_the_same_too(seed: int, with_faults: bool) -> None:
+    _, fast, slow = both_ways(seed, with_faults=with_faults, late=True)
     assert_equal(fast, slow)
     assert_all_is_over(fast)
     assert_all_is_over(slow)
@@ -120,25 +131,33 @@ def in_a_last_repetition(seed: int) -> tuple[SimCluster, Recording, Recording]:
     ]
     for instance_id, from_ns, to_ns in rng.sample(windows, min(len(windows), rng.choice([1, 1, 3]))):
         at_ns = rng.choice([from_ns, from_ns + 1, (from_ns + to_ns) // 2, to_ns - 1, to_ns])
-        match rng.choice(["arrives", "arrives", "cancel", "step", "slow", "die", "transfers"]):
-            case "arrives":
-                delays_ns = cluster.message_latency_ns + cluster.instances[0].cost_model.request_overhead_ns
-                request = TraceRequest(max(0, at_ns - delays_ns), rng.choice([1, 40, 100]), rng.choice([1, 20]))
-                trace = replace(trace, requests=(*trace.requests, request))
-            case "cancel":
-                request_id = RequestId(str(rng.randrange(len(trace.requests))))
-                faults += (ClientCancels(max(0, at_ns - cluster.message_latency_ns), request_id),)
-            case "step":
-                faults += (StepFails(at_ns, instance_id),)
-            case "slow":
-                faults += (InstanceSlows(at_ns, instance_id, 10),)
-            case "die":
-                faults += (InstanceDies(at_ns, instance_id, 0),)
-            case "transfers":
-                faults += (TransfersFail(at_ns, instance_id),)
+        trace, fault = _something_at(rng, cluster, trace, at_ns, instance_id)
+        faults += fault
     fast = record(cluster, trace, seed=seed, faults=faults)
     slow = record(without_fast_forward(cluster), trace, seed=seed, faults=faults, check=False)
     return cluster, fast, slow
+
+
+def _something_at(
+    rng: Random, cluster: SimCluster, trace: Trace, at_ns: int, instance_id: InstanceId
+) -> tuple[Trace, tuple[Fault, ...]]:
+    """The trace with one more request that reaches an instance then, or else a fault."""
+    match rng.choice(["arrives", "arrives", "cancel", "step", "slow", "die", "transfers"]):
+        case "arrives":
+            delays_ns = cluster.message_latency_ns + cluster.instances[0].cost_model.request_overhead_ns
+            request = TraceRequest(max(0, at_ns - delays_ns), rng.choice([1, 40, 100]), rng.choice([1, 20]))
+            return replace(trace, requests=(*trace.requests, request)), ()
+        case "cancel":
+            request_id = RequestId(str(rng.randrange(len(trace.requests))))
+            return trace, (ClientCancels(max(0, at_ns - cluster.message_latency_ns), request_id),)
+        case "step":
+            return trace, (StepFails(at_ns, instance_id),)
+        case "slow":
+            return trace, (InstanceSlows(at_ns, instance_id, 10),)
+        case "die":
+            return trace, (InstanceDies(at_ns, instance_id, 0),)
+        case _:
+            return trace, (TransfersFail(at_ns, instance_id),)
 
 
 @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -161,6 +180,51 @@ def test_the_last_repetitions_are_struck() -> None:
     assert counts["ended quietly, with news"]
 
 
+def around_plans_and_ends(seed: int) -> tuple[Recording, Recording]:
+    """A random run of steps planned late, again with something that comes when one is planned or over, or nearly."""
+    rng = Random(seed)
+    cluster, trace = planned_late(rng, random_cluster(rng)), random_trace(rng)
+    undisturbed = record(without_fast_forward(cluster), trace, seed=seed, check=False)
+    times = [(at_ns, who) for at_ns, who, event in undisturbed.events if isinstance(event, StepFinished)]
+    times += [(at_ns, who) for at_ns, who, effect in undisturbed.effects if isinstance(effect, RunStep)]
+    faults: tuple[Fault, ...] = ()
+    for moment_ns, instance_id in rng.sample(times, min(len(times), rng.choice([1, 1, 3, 6]))):
+        at_ns = max(0, moment_ns + rng.choice([-1, 0, 0, 1, -400_000, -399_999, 1_000_000]))
+        trace, fault = _something_at(rng, cluster, trace, at_ns, instance_id)
+        faults += fault
+    fast = record(cluster, trace, seed=seed, faults=faults)
+    slow = record(without_fast_forward(cluster), trace, seed=seed, faults=faults, check=False)
+    return fast, slow
+
+
+@settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 1 << 40))
+def test_whether_something_comes_before_a_late_plan_is_the_same(seed: int) -> None:
+    fast, slow = around_plans_and_ends(seed)
+    assert_equal(fast, slow)
+    assert_all_is_over(fast)
+
+
+def test_steps_planned_late_are_repeated() -> None:
+    """Over fixed seeds: every way in which a repetition is cut short, and plans that fall between two ends."""
+    counts: Counter[str] = Counter()
+    for seed in COVERAGE_SEEDS:
+        for fast, slow in (both_ways(seed, with_faults=seed % 2 == 0, late=True)[1:], around_plans_and_ends(seed)):
+            assert_equal(fast, slow)
+            counts.update(fast.counts)
+    expected = (
+        "planned late behind 0",
+        "planned late behind 1",
+        "planned late behind 3",
+        "planned at once behind 3",
+        "preempted",
+        "StepFailed",
+        "InstanceLost",
+        "-> AbortRequest",
+    )
+    assert not [what for what in expected if not counts[what]]
+
+
 def _shape(cluster: SimCluster, run: Recording) -> list[str]:
     roles = {instance.config.role for instance in cluster.instances}
     start = cluster.control_plane.handover_start
@@ -176,8 +240,8 @@ def _shape(cluster: SimCluster, run: Recording) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("steps_in_flight_max", [1, 2])
-def test_it_saves_the_visits_to_single_tokens(steps_in_flight_max: int) -> None:
+@pytest.mark.parametrize(("steps_in_flight_max", "plan_lead_ns"), [(1, 0), (2, 0), (2, 1_000_000), (2, 50_000_000)])
+def test_it_saves_the_visits_to_single_tokens(steps_in_flight_max: int, plan_lead_ns: int) -> None:
     """Else it could be equal because it never happens."""
     rng = Random(5)
     cluster = random_cluster(rng)
@@ -188,6 +252,7 @@ def test_it_saves_the_visits_to_single_tokens(steps_in_flight_max: int) -> None:
         max_num_batched_tokens=512,
         role=Role.MIXED,
         steps_in_flight_max=steps_in_flight_max,
+        plan_lead_ns=plan_lead_ns,
     )
     cost = replace(cluster.instances[0].cost_model, linear_repeat_max=1 << 60, host_fs=0)  # type: ignore[type-var]
     cluster = replace(cluster, instances=(replace(cluster.instances[0], config=config, cost_model=cost),))

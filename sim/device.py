@@ -63,9 +63,9 @@ class _Launched:
         self.period_fs = device_fs + gap_fs  # gap: what the host takes between repetitions, where it does not hide
         self.growth_fs = growth_fs
         self.behind_ns = behind_ns  # end of the step before it; -1: it was launched on an idle device
-        self.begin_ns = behind_ns  # as the instance sees it: the launch, or the end of the step before it
-        self.lead_ns = 0  # the step behind is planned so long before a repetition is expected to end; 0: at its begin
-        self.expected_ns = 0  # how long the first repetition is expected to take
+        self.begin_ns = behind_ns  # when it is launched and the step before it is over
+        self.lead_ns = 0  # the step behind is planned so long before a repetition is expected to end; 0: as it begins
+        self.expected_ns = 0  # with a lead: how long the first repetition is expected to take
         self.num_to_run = 1
         self.is_open = False  # more repetitions may follow than are committed
         self.ends_quietly = False  # where nothing comes before the last repetition, all are reported at once
@@ -112,11 +112,18 @@ class _Launched:
         """How long a repetition takes, as the instance sees it."""
         return self.end_ns(repetition) - (self.end_ns(repetition - 1) if repetition > 1 else self.begin_ns)
 
-    def planned_ns(self, num_done: int) -> int:
-        """When the step is planned that is behind the repetition after so many."""
+    def plan_ns(self, num_done: int) -> int:
+        """When the step behind the next repetition after so many is planned."""
+        if not self.lead_ns:
+            return self.end_ns(num_done)
         if not num_done:
             return self.begin_ns + max(0, self.expected_ns - self.lead_ns)
         return self.end_ns(num_done) + max(0, self.length_ns(num_done) - self.lead_ns)
+
+    def first_plan_from(self, now_ns: int) -> int:
+        """How many repetitions are over when a step is planned for the first time at ``now_ns`` or later."""
+        num_done = self.first_end_from(now_ns)
+        return num_done - 1 if self.lead_ns and self.plan_ns(num_done - 1) >= now_ns else num_done
 
     def length_fs(self, repetition: int) -> int:
         """How long a repetition takes, with the gap before it."""
@@ -209,34 +216,32 @@ class SimDevice:
         elif num_max == 1 or host_fs > device_fs:
             # Where the host is the slower one, every step must be looked at by itself.
             self._progress_at(launched, 0, begin_ns)
-        elif step.plan_lead_ns:
-            self._launch_paced(launched, num_max, host_fs)
+        elif step.plan_lead_ns and not self._keeps_pace(launched, -(-host_fs // _FS_PER_NS)):
+            self._progress_at(launched, 0, begin_ns)
         elif step.ends_quietly and num_max == repeat_max:
             launched.ends_quietly = True
             self._is_left_out_cut, self._left_out_slowdown = False, 0
             self._finish_at(launched, num_max)
         else:
-            self._progress_at(launched, num_max - 1, launched.end_ns(num_max - 1))
+            self._progress_at(launched, num_max - 1, launched.plan_ns(num_max - 1))
 
-    def _launch_paced(self, launched: _Launched, num_max: int, host_fs: int) -> None:
-        """Repeat a step that the ones behind it are planned late for, if the host still hides behind the device."""
+    def _keeps_pace(self, launched: _Launched, host_ns: int) -> bool:
+        """Work out when the steps behind a repeated one are planned; False: the host does not hide behind the device.
+
+        From the third on a repetition is expected to take as long as it does, less its growth and two roundings.
+        """
         step, first = launched.step, self._launched[0]
-        lead_ns = step.plan_lead_ns
-        launched.expected_ns = step.expected_ns
+        launched.lead_ns, launched.expected_ns = step.plan_lead_ns, step.expected_ns
         if first is not launched and not first.step.plan.chunks:
             launched.expected_ns = first.length_ns(first.num_to_run)
-        launched.lead_ns = lead_ns
-        # From the third one on a repetition is expected to take as long as it does, less its growth and two roundings.
-        hides = (
-            lead_ns * _FS_PER_NS >= host_fs + 2 * _FS_PER_NS
-            and launched.planned_ns(0) * _FS_PER_NS + host_fs <= launched.end_fs(1)
-            and launched.planned_ns(1) * _FS_PER_NS + host_fs <= launched.end_fs(2)
-        )
-        if hides:
-            self._progress_at(launched, num_max - 1, launched.planned_ns(num_max - 1))
-        else:
-            launched.lead_ns = 0
-            self._progress_at(launched, 0, launched.begin_ns)
+        if (
+            host_ns + 2 <= step.plan_lead_ns
+            and launched.plan_ns(0) + host_ns < launched.end_ns(1)
+            and launched.plan_ns(1) + host_ns < launched.end_ns(2)
+        ):
+            return True
+        launched.lead_ns = 0
+        return False
 
     def interrupt(self, now_ns: int) -> None:
         """An event came for the instance: let a repeated step end at the next boundary."""
@@ -245,18 +250,11 @@ class SimDevice:
         if not self._launched or not self._launched[-1].is_open:
             return
         launched = self._launched[-1]
-        if launched.lead_ns:
-            num_done = launched.first_end_from(now_ns)
-            if launched.planned_ns(num_done - 1) >= now_ns:
-                num_done -= 1
-            if num_done < launched.num_to_run - 1:
-                self._progress_at(launched, num_done, launched.planned_ns(num_done))
-            return
-        if not self._is_synchronous and launched.behind_ns >= now_ns:
+        if not self._is_synchronous and launched.behind_ns >= now_ns and not launched.lead_ns:
             launched.ends_quietly = False
             self._progress_at(launched, 0, launched.behind_ns)
             return
-        num_done = launched.first_end_from(now_ns)
+        num_done = launched.first_plan_from(now_ns)
         if self._is_synchronous:
             if num_done < launched.num_to_run:
                 self._finish_at(launched, num_done)
@@ -264,7 +262,7 @@ class SimDevice:
             self._is_left_out_cut = True
         elif num_done < launched.num_to_run - 1 or launched.ends_quietly:
             launched.ends_quietly = False
-            self._progress_at(launched, num_done, launched.end_ns(num_done))
+            self._progress_at(launched, num_done, launched.plan_ns(num_done))
 
     def fail_next(self, now_ns: int) -> None:
         """The execution under way ends well; the first to start after it fails at its end."""
@@ -337,6 +335,10 @@ class SimDevice:
         if launched.ends_quietly:
             self._left_out_ns = at_ns
             self._left_out_fs = end_fs - launched.length_fs(launched.num_to_run)
+            if launched.lead_ns:
+                left_out_ns = launched.plan_ns(launched.num_to_run - 1)
+                if left_out_ns != _to_ns(self._left_out_fs):
+                    self._left_out_fs = left_out_ns * _FS_PER_NS
         launched.due = None  # or the two would keep each other alive
         self._last_end_fs = end_fs
         step = launched.step

@@ -1,6 +1,7 @@
 """Fast-forward changes nothing but the running time: the same decisions, and the same token times."""
 
 import os
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -115,27 +116,38 @@ def test_the_random_runs_reach_what_they_should() -> None:
     assert not [what for what in expected if not counts[what]]
 
 
-def in_a_last_repetition(seed: int) -> tuple[SimCluster, Recording, Recording]:
+def in_a_last_repetition(seed: int, *, late: bool = False) -> tuple[SimCluster, Recording, Recording]:
     """A random run, again with something that comes when a step that may end quietly is in its last repetition."""
     rng = Random(seed)
     cluster, trace = random_cluster(rng), random_trace(rng)
+    cluster = planned_late(rng, cluster) if late else cluster
     instances = tuple(
         replace(each, config=replace(each.config, steps_in_flight_max=2, num_blocks=200)) for each in cluster.instances
     )
     cluster = replace(cluster, instances=instances)
     faults: tuple[Fault, ...] = ()
+    plans_ns = _times_of_plans(without_fast_forward(cluster), trace, seed) if late else ()
     windows = [
         (event.instance_id, event.ends_ns[-2], event.ends_ns[-1])
         for _, _, event in record(cluster, trace, seed=seed, check=False).events
         if isinstance(event, StepFinished) and len(event.ends_ns) > 1
     ]
     for instance_id, from_ns, to_ns in rng.sample(windows, min(len(windows), rng.choice([1, 1, 3]))):
-        at_ns = rng.choice([from_ns, from_ns + 1, (from_ns + to_ns) // 2, to_ns - 1, to_ns])
+        moments_ns = [from_ns, from_ns + 1, (from_ns + to_ns) // 2, to_ns - 1, to_ns]
+        for plan_ns in plans_ns[bisect_right(plans_ns, from_ns) : bisect_left(plans_ns, to_ns)]:
+            moments_ns += [plan_ns - 1, plan_ns, plan_ns + 1]
+        at_ns = rng.choice(moments_ns)
         trace, fault = _something_at(rng, cluster, trace, at_ns, instance_id)
         faults += fault
     fast = record(cluster, trace, seed=seed, faults=faults)
     slow = record(without_fast_forward(cluster), trace, seed=seed, faults=faults, check=False)
     return cluster, fast, slow
+
+
+def _times_of_plans(cluster: SimCluster, trace: Trace, seed: int) -> tuple[int, ...]:
+    """When steps were launched in a run of the cluster, in order."""
+    effects = record(cluster, trace, seed=seed, check=False).effects
+    return tuple(now_ns for now_ns, _, effect in effects if isinstance(effect, RunStep))
 
 
 def _something_at(
@@ -161,20 +173,21 @@ def _something_at(
 
 
 @settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 1 << 40))
-@example(seed=202)  # an instance died with a step planned that no device was to run
-@example(seed=336)  # an instance died at the end of a repetition
-@example(seed=936)  # a prefilled request came back that stayed
-def test_what_comes_in_a_last_repetition_waits_for_its_end(seed: int) -> None:
-    _, fast, slow = in_a_last_repetition(seed)
+@given(seed=st.integers(0, 1 << 40), late=st.booleans())
+@example(seed=202, late=False)  # an instance died with a step planned that no device was to run
+@example(seed=336, late=False)  # an instance died at the end of a repetition
+@example(seed=936, late=False)  # a prefilled request came back that stayed
+def test_what_comes_in_a_last_repetition_is_the_same(seed: int, late: bool) -> None:
+    _, fast, slow = in_a_last_repetition(seed, late=late)
     assert_equal(fast, slow)
     assert_all_is_over(fast)
 
 
-def test_the_last_repetitions_are_struck() -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_the_last_repetitions_are_struck(late: bool) -> None:
     counts: Counter[str] = Counter()
     for seed in COVERAGE_SEEDS:
-        _, fast, slow = in_a_last_repetition(seed)
+        _, fast, slow = in_a_last_repetition(seed, late=late)
         assert_equal(fast, slow)
         counts.update(fast.counts)
     assert counts["ended quietly, with news"]
@@ -217,6 +230,7 @@ def test_steps_planned_late_are_repeated() -> None:
         "planned late behind 1",
         "planned late behind 3",
         "planned at once behind 3",
+        "ended quietly",
         "preempted",
         "StepFailed",
         "InstanceLost",

@@ -36,8 +36,7 @@ class StepScheduler:
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._watermark_blocks = config.watermark_blocks
         self._repeat_max = config.repeat_max
-        # Where the next step is planned late, what comes in a last execution may still be in time for it.
-        self._may_end_quietly = config.steps_in_flight_max > 1 and not config.plan_lead_ns
+        self._steps_in_flight_max = config.steps_in_flight_max
         self._num_chunks_max = config.max_num_chunks or config.max_num_seqs
         self._chunk_tokens_max = config.max_chunk_tokens or config.max_num_batched_tokens
         self.kv = KVCache(config.num_blocks, config.block_size, config.prefix_caching, config.eviction)
@@ -261,7 +260,7 @@ class StepScheduler:
         num_with_room = decodes.repeat_max(self.planned_clock, num_blocks, repeats + 1)
         if num_with_room <= repeats:
             return num_with_room, False
-        is_quiet = repeats == num_to_finish and not somebody_waits and self._may_end_quietly
+        is_quiet = repeats == num_to_finish and not somebody_waits and self._steps_in_flight_max > 1
         return repeats, is_quiet and not decodes.num_stoppable and decodes.goes_on_after(next_finish_clock)
 
     def _drain_fully_planned(self) -> None:

@@ -113,7 +113,7 @@ class _Launched:
         return self.end_ns(repetition) - (self.end_ns(repetition - 1) if repetition > 1 else self.begin_ns)
 
     def plan_ns(self, num_done: int) -> int:
-        """When the step behind the next repetition after so many is planned."""
+        """When the step behind repetition ``num_done + 1`` is planned."""
         if not self.lead_ns:
             return self.end_ns(num_done)
         if not num_done:
@@ -170,8 +170,8 @@ class SimDevice:
         self._left_out_slowdown = 0  # as it was then; 0: it has not changed
         self._prefilling_ns = 0  # how long steps with chunks have followed each other
         self._slowdown = 1  # a straggler's device takes so many times as long
-        self._failing_since_ns = 0
         self._ends_to_failure = -1  # executions still to end well before one fails; -1: none is to fail
+        self._failing_since_ns = 0  # when that was said; ends before it may be reported later and do not count
 
     def launch(self, step: RunStep, now_ns: int) -> None:
         """Queue a step behind those in flight."""

@@ -22,6 +22,7 @@ from sim.device import SimDevice, StepReport, _Launched
 from sim.environment import CallQueue, FunctionCall
 
 ME = InstanceId("me")
+MS = 1_000_000
 COSTS = st.builds(
     StepCost,
     device_fs=st.integers(1_000_001, 5_000_000_000),  # a step of less than the clock can tell is none
@@ -238,6 +239,36 @@ def test_a_quiet_end_is_one_report() -> None:
     bench = Bench(StepCost(5_000_000, 0, 2_000_000), 2, 20, 5, quiet=True)
     assert bench.run([]) == Bench(StepCost(5_000_000, 0, 2_000_000), 2, 20, 1).run([])
     assert bench.num_quiet_ends == 3
+
+
+@pytest.mark.parametrize(
+    ("event_ns", "progressed_ms", "num_over"),
+    [
+        (0, 7, 0),
+        (7 * MS, 7, 0),
+        (7 * MS + 1, 19, 1),
+        (28 * MS, 28, 2),
+        (28 * MS + 1, 38, 3),
+        (31 * MS, 38, 3),
+    ],
+)
+def test_what_comes_before_a_late_plan_ends_the_repetition_under_way(
+    event_ns: int, progressed_ms: int, num_over: int
+) -> None:
+    """Repetitions of 10 ms, the first after 1 ms of the host; each step is planned 3 ms before an expected end."""
+    calls, reports = CallQueue(), list[tuple[StepReport, int]]()
+    cost = OneCost(StepCost(10 * MS * 1_000_000, 0, MS * 1_000_000))
+    device = SimDevice(cost, 2, calls, lambda report, at_ns: reports.append((report, at_ns)))
+    device.launch(msgspec.structs.replace(step(0, 100), plan_lead_ns=3 * MS, expected_ns=10 * MS), 0)
+    calls.call_at(event_ns, FunctionCall(device.interrupt))
+    while calls.run_instant():
+        continue
+    ends_ns = [11 * MS, 21 * MS, 31 * MS, 41 * MS]
+    (progressed, at_ns), (finished, last_ns) = reports
+    assert isinstance(progressed, StepProgressed)
+    assert isinstance(finished, StepFinished)
+    assert (at_ns, list(progressed.ends_ns)) == (progressed_ms * MS, ends_ns[:num_over])
+    assert (last_ns, list(finished.ends_ns)) == (ends_ns[num_over], [ends_ns[num_over]])
 
 
 def test_the_host_hides_behind_the_device_only_with_two_steps_in_flight() -> None:

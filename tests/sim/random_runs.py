@@ -143,8 +143,10 @@ def random_cluster(rng: Random) -> SimCluster:
 
 def planned_late(rng: Random, cluster: SimCluster) -> SimCluster:
     """The same with a lead, of any length; more often than not such that steps are repeated all the same."""
-    lead_ns = rng.choice([1, 100_000, 410_000, 1_000_000, 2_000_000, 2_000_000, 4_400_000, 6_000_000, 50_000_000])
-    cost_changes = rng.choice([{}, {"host_fs": 0}, {"host_fs": 400_000_000_000, "linear_repeat_max": 1 << 60}])
+    lead_ns = rng.choice(
+        [1, 400_001, 400_002, 410_000, 1_000_000, 2_000_000, 2_000_000, 4_400_000, 6_000_000, 50_000_000]
+    )
+    cost_changes = rng.choice([{}, {"host_fs": 0, "linear_repeat_max": 1 << 60}, {"host_fs": 400_000_000_000}])
     changes = rng.choice([{}, {"num_blocks": 200, "max_num_seqs": 16, "max_num_batched_tokens": 512}])
     depth = rng.choice([1, 2, 2, 2, 2])
     instances = tuple(

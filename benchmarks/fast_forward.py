@@ -1,10 +1,10 @@
 """How many times as fast a replay is with fast-forward as without, start-up and reading left out.
 
-    python benchmarks/fast_forward.py [--rounds N] [--limit N]
+    python benchmarks/fast_forward.py [--rounds N] [--limit N] [--cluster NAME]
 
-The trace is Azure's conversation trace of 2023, on one instance. A round is one replay without fast-forward, with
-two before it and two after it that have it, so that both see the machine at the same speed; what counts is the median
-over all rounds. Times are CPU times.
+The trace is Azure's conversation trace of 2023, on one instance unless ``--cluster`` says otherwise. A round is one
+replay without fast-forward, with two before it and two after it that have it, so that both see the machine at the same
+speed; what counts is the median over all rounds. Times are CPU times.
 """
 
 import argparse
@@ -38,15 +38,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--limit", type=int, metavar="N", help="only so many requests")
+    parser.add_argument("--cluster", default=BASE_CLUSTER, metavar="NAME", help="in place of %(default)s")
     options = parser.parse_args()
     trace = read_trace(TRACE, seed=0)
     if options.limit is not None:
         trace = limit(trace, options.limit)
     fast, slow = (
-        sim_cluster(build_cluster(read_cluster(BASE_CLUSTER), fast_forward=fast_forward))
+        sim_cluster(build_cluster(read_cluster(options.cluster), fast_forward=fast_forward))
         for fast_forward in (True, False)
     )
-    print(f"{cpu_model()}; {len(trace.requests)} requests on {BASE_CLUSTER}; CPU seconds of a replay")
+    print(f"{cpu_model()}; {len(trace.requests)} requests on {options.cluster}; CPU seconds of a replay")
     fast_s: list[float] = []
     slow_s: list[float] = []
     ratios: list[float] = []

@@ -36,11 +36,14 @@ class _Launched:
     __slots__ = (
         "base_fs",
         "base_ns",
+        "begin_ns",
         "behind_ns",
         "due",
         "ends_quietly",
+        "expected_ns",
         "growth_fs",
         "is_open",
+        "lead_ns",
         "num_reported",
         "num_to_run",
         "offset_fs",
@@ -60,6 +63,9 @@ class _Launched:
         self.period_fs = device_fs + gap_fs  # gap: what the host takes between repetitions, where it does not hide
         self.growth_fs = growth_fs
         self.behind_ns = behind_ns  # end of the step before it; -1: it was launched on an idle device
+        self.begin_ns = behind_ns  # when it is launched and the step before it is over
+        self.lead_ns = 0  # the step behind is planned so long before a repetition is expected to end; 0: as it begins
+        self.expected_ns = 0  # with a lead: how long the first repetition is expected to take
         self.num_to_run = 1
         self.is_open = False  # more repetitions may follow than are committed
         self.ends_quietly = False  # where nothing comes before the last repetition, all are reported at once
@@ -101,6 +107,23 @@ class _Launched:
         while repetition > 1 and self.end_ns(repetition - 1) >= now_ns:
             repetition -= 1
         return repetition
+
+    def length_ns(self, repetition: int) -> int:
+        """How long a repetition takes, as the instance sees it."""
+        return self.end_ns(repetition) - (self.end_ns(repetition - 1) if repetition > 1 else self.begin_ns)
+
+    def plan_ns(self, num_done: int) -> int:
+        """When the step behind repetition ``num_done + 1`` is planned."""
+        if not self.lead_ns:
+            return self.end_ns(num_done)
+        if not num_done:
+            return self.begin_ns + max(0, self.expected_ns - self.lead_ns)
+        return self.end_ns(num_done) + max(0, self.length_ns(num_done) - self.lead_ns)
+
+    def first_plan_from(self, now_ns: int) -> int:
+        """How many repetitions are over when a step is planned for the first time at ``now_ns`` or later."""
+        num_done = self.first_end_from(now_ns)
+        return num_done - 1 if self.lead_ns and self.plan_ns(num_done - 1) >= now_ns else num_done
 
     def length_fs(self, repetition: int) -> int:
         """How long a repetition takes, with the gap before it."""
@@ -148,6 +171,7 @@ class SimDevice:
         self._prefilling_ns = 0  # how long steps with chunks have followed each other
         self._slowdown = 1  # a straggler's device takes so many times as long
         self._ends_to_failure = -1  # executions still to end well before one fails; -1: none is to fail
+        self._failing_since_ns = 0  # when that was said; ends before it may be reported later and do not count
 
     def launch(self, step: RunStep, now_ns: int) -> None:
         """Queue a step behind those in flight."""
@@ -181,6 +205,7 @@ class SimDevice:
         start_fs = max(ready_fs, self._device_free_fs)
         gap_fs = host_fs if self._is_synchronous else 0
         launched = _Launched(step, start_fs, device_fs, growth_fs, gap_fs, behind_ns)
+        launched.begin_ns = begin_ns = max(behind_ns, now_ns)
         self._launched.append(launched)
         if repeat_max == 1:
             self._finish_at(launched, 1)
@@ -190,13 +215,33 @@ class SimDevice:
             self._finish_at(launched, num_max)
         elif num_max == 1 or host_fs > device_fs:
             # Where the host is the slower one, every step must be looked at by itself.
-            self._progress_at(launched, 0, max(behind_ns, now_ns))
+            self._progress_at(launched, 0, begin_ns)
+        elif step.plan_lead_ns and not self._keeps_pace(launched, -(-host_fs // _FS_PER_NS)):
+            self._progress_at(launched, 0, begin_ns)
         elif step.ends_quietly and num_max == repeat_max:
             launched.ends_quietly = True
             self._is_left_out_cut, self._left_out_slowdown = False, 0
             self._finish_at(launched, num_max)
         else:
-            self._progress_at(launched, num_max - 1, launched.end_ns(num_max - 1))
+            self._progress_at(launched, num_max - 1, launched.plan_ns(num_max - 1))
+
+    def _keeps_pace(self, launched: _Launched, host_ns: int) -> bool:
+        """Work out when the steps behind a repeated one are planned; False: the host does not hide behind the device.
+
+        From the third on a repetition is expected to take as long as it does, less its growth and two roundings.
+        """
+        step, first = launched.step, self._launched[0]
+        launched.lead_ns, launched.expected_ns = step.plan_lead_ns, step.expected_ns
+        if first is not launched and not first.step.plan.chunks:
+            launched.expected_ns = first.length_ns(first.num_to_run)
+        if (
+            host_ns + 2 <= step.plan_lead_ns
+            and launched.plan_ns(0) + host_ns < launched.end_ns(1)
+            and launched.plan_ns(1) + host_ns < launched.end_ns(2)
+        ):
+            return True
+        launched.lead_ns = 0
+        return False
 
     def interrupt(self, now_ns: int) -> None:
         """An event came for the instance: let a repeated step end at the next boundary."""
@@ -205,11 +250,11 @@ class SimDevice:
         if not self._launched or not self._launched[-1].is_open:
             return
         launched = self._launched[-1]
-        if not self._is_synchronous and launched.behind_ns >= now_ns:
+        if not self._is_synchronous and launched.behind_ns >= now_ns and not launched.lead_ns:
             launched.ends_quietly = False
             self._progress_at(launched, 0, launched.behind_ns)
             return
-        num_done = launched.first_end_from(now_ns)
+        num_done = launched.first_plan_from(now_ns)
         if self._is_synchronous:
             if num_done < launched.num_to_run:
                 self._finish_at(launched, num_done)
@@ -217,7 +262,7 @@ class SimDevice:
             self._is_left_out_cut = True
         elif num_done < launched.num_to_run - 1 or launched.ends_quietly:
             launched.ends_quietly = False
-            self._progress_at(launched, num_done, launched.end_ns(num_done))
+            self._progress_at(launched, num_done, launched.plan_ns(num_done))
 
     def fail_next(self, now_ns: int) -> None:
         """The execution under way ends well; the first to start after it fails at its end."""
@@ -225,6 +270,7 @@ class SimDevice:
         is_boundary = _to_ns(self._last_end_fs) == now_ns
         if self._ends_to_failure < 0:
             self._ends_to_failure = 1 if self._launched and not is_boundary else 0
+            self._failing_since_ns = now_ns
 
     def slow_down(self, slowdown: int, now_ns: int) -> None:
         """Steps launched from now on take so many times as long."""
@@ -268,7 +314,8 @@ class SimDevice:
         if num_done:
             self._last_end_fs = end_fs = launched.end_fs(num_done)
             ends_ns = launched.take_ends(num_done, end_fs)
-            self._ends_to_failure = min(self._ends_to_failure, 0)
+            if self._ends_to_failure > 0 and _to_ns(end_fs) >= self._failing_since_ns:
+                self._ends_to_failure = 0
         self._finish_at(launched, num_done + 1)
         step = launched.step
         self._report(StepProgressed(step.instance_id, step.step_id, ends_ns), at_ns)
@@ -288,11 +335,17 @@ class SimDevice:
         if launched.ends_quietly:
             self._left_out_ns = at_ns
             self._left_out_fs = end_fs - launched.length_fs(launched.num_to_run)
+            if launched.lead_ns:
+                left_out_ns = launched.plan_ns(launched.num_to_run - 1)
+                if left_out_ns != _to_ns(self._left_out_fs):
+                    self._left_out_fs = left_out_ns * _FS_PER_NS
         launched.due = None  # or the two would keep each other alive
         self._last_end_fs = end_fs
         step = launched.step
         if self._ends_to_failure == 0:
             self._ends_to_failure = -1
+            if self._launched:
+                self._launched[0].lead_ns = 0  # the instance learns nothing from how long the failed one took
             self.interrupt(at_ns)
             self._report(StepFailed(step.instance_id, step.step_id, "injected fault"), at_ns)
         else:

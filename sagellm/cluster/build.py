@@ -124,8 +124,6 @@ def _instance_config(
         steps_in_flight_max=group.steps_in_flight or steps_in_flight_max(profile),
         prefix_caching=group.prefix_caching,
         eviction=group.eviction,
+        plan_lead_ns=plan_lead_ns(profile) if group.plan_lead_ns is None else group.plan_lead_ns,
     )
-    lead_ns = plan_lead_ns(profile) if group.plan_lead_ns is None else group.plan_lead_ns
-    if fast_forward and not lead_ns:
-        return config
-    return replace(config, repeat_max=1, plan_lead_ns=lead_ns)
+    return config if fast_forward else replace(config, repeat_max=1)

@@ -55,10 +55,8 @@ class InstanceConfig:
                 raise ValueError(f"{name}: {getattr(self, name)}, must be 1 or more, or 0 for no limit of its own")
         if self.steps_in_flight_max > 2:
             raise ValueError(f"steps_in_flight_max: {self.steps_in_flight_max}, must be 1 or 2")
-        if self.plan_lead_ns < 0 or (self.plan_lead_ns and self.repeat_max > 1):
-            raise ValueError(
-                f"plan_lead_ns: {self.plan_lead_ns}, must be 0, or more where steps are not repeated (repeat_max 1)"
-            )
+        if self.plan_lead_ns < 0:
+            raise ValueError(f"plan_lead_ns: {self.plan_lead_ns}, must be 0 or more")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens: {self.max_num_batched_tokens}, must be at least max_num_seqs "

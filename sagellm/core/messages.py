@@ -285,6 +285,14 @@ class RunStep(_Message, frozen=True):
     out, and report all repetitions in one ``StepFinished``. The first step launched in answer belongs to
     the boundary that was left out: it counts as launched then, and is cut short by what came since.
 
+    With ``plan_lead_ns`` the step behind each execution is planned late: so long before that execution is expected to
+    end, but not before it begins, which is when it is launched and the one before it is over. It is expected to take
+    as long as the one before it did; the first as long as the last execution of the step in flight before it, or
+    ``expected_ns`` where there is none or it has chunks. An event that comes by then makes that execution the last, a
+    later one the next. ``StepProgressed`` comes when the step behind the last one is to be planned, with ends that may
+    be past, and that is also the boundary that a quiet end leaves out. A driver that cannot tell when it is may send
+    ``StepProgressed`` without ends when the first execution begins; the instance then waits by itself.
+
     ``num_running``, ``num_waiting`` and ``num_blocks_in_use`` are for observers; no driver needs them.
     """
 
@@ -296,6 +304,8 @@ class RunStep(_Message, frozen=True):
     num_waiting: int = 0
     num_blocks_in_use: int = 0  # not counting cached blocks that nobody uses
     ends_quietly: bool = False
+    plan_lead_ns: int = 0
+    expected_ns: int = 0
 
 
 @final

@@ -280,16 +280,13 @@ class Instance:
         may_share = bool(scheduler.waiting) and self._steps.has_chunks
         repeat_max, ends_quietly = scheduler.repetition(plan, may_change=may_stop or may_share)
         step_id = self._steps.launch(plan, repeat_max, self._now_ns, ends_quietly=ends_quietly)
+        plan_lead_ns, expected_ns = self._steps.pace() if repeat_max > 1 else (0, 0)
         return RunStep(
-            instance_id=self._instance_id,
-            step_id=step_id,
-            plan=plan,
-            repeat_max=repeat_max,
-            num_running=scheduler.num_running,
-            num_waiting=len(scheduler.waiting) + len(scheduler.reservations),
+            instance_id=self._instance_id, step_id=step_id, plan=plan, repeat_max=repeat_max,
+            num_running=scheduler.num_running, num_waiting=len(scheduler.waiting) + len(scheduler.reservations),
             num_blocks_in_use=scheduler.kv.num_in_use,
-            ends_quietly=ends_quietly,
-        )
+            ends_quietly=ends_quietly, plan_lead_ns=plan_lead_ns, expected_ns=expected_ns,
+        )  # fmt: skip
 
     def _take_in(self, event: _ChangeOfPlan, effects: list[InstanceEffect]) -> None:
         match event:

@@ -4,6 +4,7 @@ A step that is planned as soon as there is room takes in nobody who arrives befo
 before that end, it leaves the device no more idle, and a request that arrives meanwhile waits one step less.
 """
 
+from sagellm.core.ends import Ends, last_end_ns, num_ends
 from sagellm.core.plan import StepPlan
 
 _SEQS_FOR_TWICE_THE_LEAD = 512
@@ -33,8 +34,22 @@ class StepPace:
         self._num_seqs = plan.num_seqs
         self._in_flight.append((sum([chunk.num_tokens for chunk in plan.chunks]), now_ns))
 
+    def progressed(self, ends_ns: Ends) -> None:
+        """Executions of the first step in flight ended, which has no prompts; one more is under way."""
+        num_new = num_ends(ends_ns)
+        if num_new:
+            began_ns = max(self._in_flight[0][1], self._ended_ns) if num_new == 1 else ends_ns[-2]
+            self._ended_ns = last_end_ns(ends_ns)
+            self._decode_ns = self._ended_ns - began_ns
+
+    def finished(self, ends_ns: Ends, now_ns: int) -> None:
+        """The first step in flight is over, after executions of which these are news."""
+        if num_ends(ends_ns) > 1:
+            self._ended_ns = ends_ns[-2]
+        self.ended(now_ns)
+
     def ended(self, now_ns: int) -> None:
-        """The first step in flight is over."""
+        """The first step in flight, or the last execution of it, is over."""
         num_tokens, launched_ns = self._in_flight.pop(0)
         duration_ns = now_ns - max(launched_ns, self._ended_ns)
         self._ended_ns = now_ns
@@ -56,5 +71,14 @@ class StepPace:
         if num_tokens and not self._ns_per_token:
             return 0
         expected_ns = self._decode_ns + num_tokens * self._ns_per_token * 9 // 10
-        lead_ns = self._lead_ns + self._lead_ns * self._num_seqs // _SEQS_FOR_TWICE_THE_LEAD
-        return max(launched_ns, self._ended_ns) + expected_ns - lead_ns
+        return max(launched_ns, self._ended_ns) + expected_ns - self.lead_ns
+
+    @property
+    def expected_ns(self) -> int:
+        """How long a step without prompts is expected to take; 0: not known."""
+        return self._decode_ns
+
+    @property
+    def lead_ns(self) -> int:
+        """How long before the end of the last step launched the one behind it is planned."""
+        return self._lead_ns + self._lead_ns * self._num_seqs // _SEQS_FOR_TWICE_THE_LEAD

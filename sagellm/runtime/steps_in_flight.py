@@ -65,7 +65,7 @@ class StepsInFlight:
 
     def __init__(self, scheduler: StepScheduler, steps_in_flight_max: int, plan_lead_ns: int) -> None:
         self._scheduler = scheduler
-        self._pace = StepPace(plan_lead_ns) if plan_lead_ns else None
+        self._pace = StepPace(plan_lead_ns) if plan_lead_ns and steps_in_flight_max > 1 else None
         self._num_max = steps_in_flight_max
         self._steps: list[StepInFlight] = []  # two at most
         self._next_step = 0
@@ -97,7 +97,13 @@ class StepsInFlight:
 
     def plan_ns(self) -> int:
         """When the next step is to be planned: 0 where nothing is to be waited for."""
-        return 0 if self._pace is None else self._pace.plan_ns()
+        if self._pace is None or (self._steps and self._steps[-1].repeats):
+            return 0
+        return self._pace.plan_ns()
+
+    def pace(self) -> tuple[int, int]:
+        """``RunStep.plan_lead_ns`` and ``RunStep.expected_ns`` of the step launched last, if it is repeated."""
+        return (0, 0) if self._pace is None else (self._pace.lead_ns, self._pace.expected_ns)
 
     def launch(self, plan: StepPlan, repeat_max: int, now_ns: int, *, ends_quietly: bool) -> StepId:
         step_id = StepId(self._next_step)
@@ -116,7 +122,7 @@ class StepsInFlight:
     def finished(self, event: StepFinished, now_ns: int) -> None:
         """The step is over."""
         if self._pace is not None:
-            self._pace.ended(now_ns)
+            self._pace.finished(event.ends_ns, now_ns)
         step = self._steps[0]
         if not step.num_quiet or num_ends(event.ends_ns) != step.num_quiet:
             self._came_back(event, event.invalid_request_ids, closes=True)
@@ -144,6 +150,8 @@ class StepsInFlight:
 
     def progressed(self, event: StepProgressed) -> None:
         """Executions of the step ended; exactly one more is under way."""
+        if self._pace is not None:
+            self._pace.progressed(event.ends_ns)
         self._came_back(event, (), closes=False)
 
     def _came_back(

@@ -121,7 +121,21 @@ def test_steps_of_many_sequences_are_planned_earlier(num_seqs: int, lead_ms: flo
     assert pace.plan_ns() == pytest.approx((20 - lead_ms) * MS, abs=0.01 * MS)
 
 
-@pytest.mark.parametrize(("lead_ns", "repeat_max"), [(-1, 1), (1, 2)])
-def test_a_lead_that_means_nothing_is_refused(lead_ns: int, repeat_max: int) -> None:
+def test_reports_of_many_executions_teach_what_those_of_one_do() -> None:
+    plan = StepPlan((RequestId("a"),), 1000, (), ())
+    by_one, at_once = StepPace(LEAD_NS), StepPace(LEAD_NS)
+    for end_ns in (10 * MS, 21 * MS, 33 * MS):
+        by_one.launched(plan, 0)
+        by_one.ended(end_ns)
+    by_one.launched(plan, 30 * MS)
+    at_once.launched(plan, 0)
+    at_once.progressed((10 * MS, 21 * MS, 33 * MS))
+    assert at_once.plan_ns() == by_one.plan_ns() > 33 * MS
+    by_one.ended(46 * MS)
+    at_once.finished((46 * MS,), 46 * MS)
+    assert at_once.expected_ns == by_one.expected_ns == 13 * MS
+
+
+def test_a_lead_that_means_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="plan_lead_ns: "):
-        InstanceConfig(INSTANCE, 10, plan_lead_ns=lead_ns, repeat_max=repeat_max)
+        InstanceConfig(INSTANCE, 10, plan_lead_ns=-1)

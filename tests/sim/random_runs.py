@@ -141,6 +141,25 @@ def random_cluster(rng: Random) -> SimCluster:
     )
 
 
+def planned_late(rng: Random, cluster: SimCluster) -> SimCluster:
+    """The same with a lead, of any length; more often than not such that steps are repeated all the same."""
+    lead_ns = rng.choice(
+        [1, 400_001, 400_002, 410_000, 1_000_000, 2_000_000, 2_000_000, 4_400_000, 6_000_000, 50_000_000]
+    )
+    cost_changes = rng.choice([{}, {"host_fs": 0, "linear_repeat_max": 1 << 60}, {"host_fs": 400_000_000_000}])
+    changes = rng.choice([{}, {"num_blocks": 200, "max_num_seqs": 16, "max_num_batched_tokens": 512}])
+    depth = rng.choice([1, 2, 2, 2, 2])
+    instances = tuple(
+        replace(
+            each,
+            config=replace(each.config, plan_lead_ns=lead_ns, steps_in_flight_max=depth, **changes),
+            cost_model=replace(each.cost_model, **cost_changes),  # type: ignore[type-var]
+        )
+        for each in cluster.instances
+    )
+    return replace(cluster, instances=instances)
+
+
 def random_trace(rng: Random) -> Trace:
     at_ns = 0
     requests: list[TraceRequest] = []
@@ -199,6 +218,8 @@ class Recording:
         self.events: list[tuple[int, InstanceId, Event]] = []
         self.effects: list[tuple[int, InstanceId, Effect]] = []
         self._num_quiet: dict[tuple[InstanceId, StepId], int] = {}  # repetitions of steps that may end quietly
+        self._repeated_late: set[tuple[InstanceId, StepId]] = set()  # with plans that are held back
+        self._last_end_ns: dict[InstanceId, int] = {}
         self.driver: SimDriver
 
     def event(self, now_ns: int, machine: InstanceId, event: Event) -> None:
@@ -208,6 +229,12 @@ class Recording:
             case StepFinished(ends_ns=ends_ns) | StepProgressed(ends_ns=ends_ns):
                 self.counts["repeated"] += len(ends_ns) > 1
                 self.counts[f"{type(event).__name__} of {min(len(ends_ns), 3)}"] += 1
+                if isinstance(event, StepProgressed) and (machine, event.step_id) in self._repeated_late:
+                    is_late = now_ns > (ends_ns[-1] if ends_ns else self._last_end_ns.get(machine, 0))
+                    when = "late" if is_late else "at once"
+                    self.counts[f"planned {when} behind {min(len(ends_ns), 3)}"] += 1
+                if ends_ns:
+                    self._last_end_ns[machine] = ends_ns[-1]
                 if isinstance(event, StepFinished) and len(ends_ns) == self._num_quiet.get((machine, event.step_id)):
                     is_cut = any(who == machine and at_ns > ends_ns[-2] for at_ns, who, _ in self.events[-9:-1])
                     self.counts["ended quietly, with news" if is_cut else "ended quietly"] += 1
@@ -231,6 +258,8 @@ class Recording:
                     self.decisions += [(now_ns, f"{machine} {chunk}") for chunk in plan.chunks]
                     self.decisions += [(now_ns, f"{machine} preempts {r}") for r in plan.preempted_request_ids]
                     self.counts["preempted"] += len(plan.preempted_request_ids)
+                    if effect.plan_lead_ns:
+                        self._repeated_late.add((machine, effect.step_id))
                     if effect.ends_quietly:
                         self._num_quiet[machine, effect.step_id] = effect.repeat_max
                 case KVReserved() | TransferKV():

@@ -22,6 +22,7 @@ from sim.device import SimDevice, StepReport, _Launched
 from sim.environment import CallQueue, FunctionCall
 
 ME = InstanceId("me")
+MS = 1_000_000
 COSTS = st.builds(
     StepCost,
     device_fs=st.integers(1_000_001, 5_000_000_000),  # a step of less than the clock can tell is none
@@ -238,6 +239,75 @@ def test_a_quiet_end_is_one_report() -> None:
     bench = Bench(StepCost(5_000_000, 0, 2_000_000), 2, 20, 5, quiet=True)
     assert bench.run([]) == Bench(StepCost(5_000_000, 0, 2_000_000), 2, 20, 1).run([])
     assert bench.num_quiet_ends == 3
+
+
+def late_step(step_id: int, repeat_max: int, *, ends_quietly: bool = False) -> RunStep:
+    repeated = step(step_id, repeat_max, ends_quietly=ends_quietly)
+    return msgspec.structs.replace(repeated, plan_lead_ns=3 * MS, expected_ns=10 * MS)
+
+
+class LateBench:
+    """A device whose steps take 10 ms, and 1 ms of the host."""
+
+    def __init__(self) -> None:
+        self.calls = CallQueue()
+        self.cost = OneCost(StepCost(10 * MS * 1_000_000, 0, MS * 1_000_000))
+        self.reports: list[tuple[str, int, list[int]]] = []  # what, when, and ends, in milliseconds
+        self.device = SimDevice(self.cost, 2, self.calls, self._report)
+
+    def _report(self, report: StepReport, at_ns: int) -> None:
+        ends_ns = () if isinstance(report, StepFailed) else report.ends_ns
+        self.reports.append((type(report).__name__, at_ns // MS, [end_ns // MS for end_ns in ends_ns]))
+
+    def run(self) -> list[tuple[str, int, list[int]]]:
+        """What is reported from now on."""
+        self.reports = []
+        while self.calls.run_instant():
+            continue
+        return self.reports
+
+
+@pytest.mark.parametrize(
+    ("event_ns", "progressed_ms", "num_over"),
+    [
+        (0, 7, 0),
+        (7 * MS, 7, 0),
+        (7 * MS + 1, 19, 1),
+        (28 * MS, 28, 2),
+        (28 * MS + 1, 38, 3),
+        (31 * MS, 38, 3),
+    ],
+)
+def test_what_comes_before_a_late_plan_ends_the_repetition_under_way(
+    event_ns: int, progressed_ms: int, num_over: int
+) -> None:
+    """Repetitions of 10 ms, the first after 1 ms of the host; each step is planned 3 ms before an expected end."""
+    bench = LateBench()
+    bench.device.launch(late_step(0, 100), 0)
+    bench.calls.call_at(event_ns, FunctionCall(bench.device.interrupt))
+    ends_ms = [11, 21, 31, 41]
+    assert bench.run() == [
+        ("StepProgressed", progressed_ms, ends_ms[:num_over]),
+        ("StepFinished", ends_ms[num_over], ends_ms[num_over : num_over + 1]),
+    ]
+
+
+def test_behind_a_step_that_fails_the_instance_paces_the_next_by_itself() -> None:
+    bench = LateBench()
+    bench.device.launch(step(0), 0)
+    bench.device.launch(late_step(1, 100), 0)
+    bench.device.fail_next(0)
+    assert bench.run() == [("StepFailed", 11, []), ("StepProgressed", 11, []), ("StepFinished", 21, [21])]
+
+
+def test_what_was_due_in_a_quiet_end_is_prepared_from_when_it_would_have_been_planned() -> None:
+    """From 28 ms on, so that a host that takes 5 ms is ready at 33, and not at 31, when the step before is over."""
+    bench = LateBench()
+    bench.device.launch(late_step(0, 3, ends_quietly=True), 0)
+    assert bench.run() == [("StepFinished", 31, [11, 21, 31])]
+    bench.cost.cost = StepCost(10 * MS * 1_000_000, 0, 5 * MS * 1_000_000)
+    bench.device.launch(step(1), 31 * MS)
+    assert bench.run() == [("StepFinished", 43, [43])]
 
 
 def test_the_host_hides_behind_the_device_only_with_two_steps_in_flight() -> None:

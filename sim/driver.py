@@ -52,6 +52,7 @@ from sim.cluster import SimCluster, SimInstance
 from sim.device import SimDevice, StepReport
 from sim.driven_instance import DrivenInstance, DrivenMachine
 from sim.environment import Call, CallQueue, FunctionCall
+from sim.kept_news import KeptNews
 from sim.mail import Mail
 from sim.network import Network
 
@@ -77,8 +78,7 @@ class SimDriver:
         self._control_plane = ControlPlane(cluster.control_plane, Random(seed))
         self._front = DrivenMachine(CONTROL_PLANE)
         self._mail = Mail(self._latency_ns, self._calls, self._tell_control_plane, self._interrupt)
-        self._kept_news: list[ControlPlaneEvent] = []  # for the control plane, in order of arrival
-        self._kept_news_ns: list[int] = []  # when each arrived
+        self._kept_news = KeptNews()
         self._instances: dict[InstanceId, DrivenInstance] = {}
         self._network = Network(cluster.link, self._calls)
         self._dirty: list[DrivenMachine] = []
@@ -143,7 +143,7 @@ class SimDriver:
             if self._dying and not calls.is_more_due_now:
                 self._lose_dying()
         if self._kept_news:
-            last_ns = self._kept_news_ns[-1]
+            last_ns = self._kept_news.arrivals_ns[-1]
             self._hand_out_news(last_ns)
             self._poll_dirty(last_ns)
             assert calls.is_empty, "news that could wait led to something"
@@ -191,24 +191,21 @@ class SimDriver:
         for effect in effects:
             self._perform_for_control_plane(effect, now_ns)
         if self._kept_news and not self._control_plane.news_can_wait:
-            for message, at_ns in zip(self._kept_news, self._kept_news_ns, strict=True):
+            for message, at_ns in self._kept_news.take_all():
                 self._mail.send_to_control_plane(message, at_ns)
-            self._kept_news.clear()
-            self._kept_news_ns.clear()
 
     def _hand_out_news(self, until_ns: int) -> None:
         """Give the control plane what has arrived by now and could wait."""
-        news, news_ns = self._kept_news, self._kept_news_ns
-        num_due = 0
-        while num_due < len(news) and news_ns[num_due] <= until_ns:
-            message, at_ns = news[num_due], news_ns[num_due]
-            num_due += 1
+        news = self._kept_news
+        num_due = news.num_due(until_ns)
+        for index in range(num_due):
+            message, at_ns = news.messages[index], news.arrivals_ns[index]
             if self._log is not None:
                 self._log.event(at_ns, CONTROL_PLANE, message)
             self._control_plane.handle(message, at_ns)
+        if num_due:
+            news.drop(num_due)
             self._to_poll(self._front)
-        del news[:num_due]
-        del news_ns[:num_due]
 
     def _perform_for_control_plane(self, effect: ControlPlaneEffect, now_ns: int) -> None:
         match effect:
@@ -356,8 +353,7 @@ class SimDriver:
         """To the control plane, which may not need it before it hears of something else."""
         at_ns = now_ns + self._latency_ns
         if self._control_plane.news_can_wait:
-            self._kept_news.append(message)
-            self._kept_news_ns.append(at_ns)
+            self._kept_news.keep(message, at_ns)
         else:
             self._mail.send_to_control_plane(message, at_ns)
 

@@ -35,7 +35,7 @@ from sagellm.core.messages import (
 from sagellm.core.plan import StepPlan, TokenChunk
 from sagellm.core.request import FinishReason
 from sagellm.runtime.kv_receiver import KVReceiver
-from sagellm.runtime.kv_sender import KVSender, release_of
+from sagellm.runtime.kv_sender import KVSender
 from sagellm.runtime.local_request import IN_STEPS, LocalRequest, RequestState
 from sagellm.runtime.output_tokens import take_tokens, without
 from sagellm.runtime.scheduler.step_scheduler import StepScheduler
@@ -309,7 +309,7 @@ class Instance:
             case HandoverFinished():
                 self._received(event)
             case KVReserved():
-                self._reserved_by_peer(event, effects)
+                effects.extend(self._sender.reserve(self._requests.get(event.request_id), event))
             case _:
                 assert_never(event)
 
@@ -363,7 +363,7 @@ class Instance:
                     if self._is_yet_to_be_taken_in(event.request_id):
                         self._inbox.append(event)
                     else:
-                        self._reserved_by_peer(event, effects)
+                        effects.extend(self._sender.reserve(self._requests.get(event.request_id), event))
                 case KVTransferred(transfer_id=transfer_id):
                     effects.extend(self._sender.closed(transfer_id, None))
                 case KVTransferFailed(transfer_id=transfer_id, reason=reason):
@@ -383,13 +383,6 @@ class Instance:
     def _is_yet_to_be_taken_in(self, request_id: RequestId) -> bool:
         """True where the request was assigned during the step under way."""
         return any(isinstance(event, AssignRequest) and event.request.request_id == request_id for event in self._inbox)
-
-    def _reserved_by_peer(self, event: KVReserved, effects: list[InstanceEffect]) -> None:
-        request = self._requests.get(event.request_id)
-        if request is None or not request.hand_over:
-            effects.append(release_of(event))
-        else:
-            effects.extend(self._sender.reserve(request, event))
 
     # --- checks -----------------------------------------------------------------------------------------------
 

@@ -88,8 +88,13 @@ class KVSender:
             handover.held = held
         return bool(readers)
 
-    def reserve(self, request: LocalRequest, reservation: KVReserved) -> list[InstanceEffect]:
-        """A decode instance is ready for the request. A newer reservation replaces an older one."""
+    def reserve(self, request: LocalRequest | None, reservation: KVReserved) -> list[InstanceEffect]:
+        """A decode instance is ready for the request, which may be gone or stay by now.
+
+        A newer reservation replaces an older one.
+        """
+        if request is None or not request.hand_over:
+            return [release_of(reservation)]
         old = self._handovers.get(request.request_id)
         if old is not None and old.reservation.attempt >= reservation.attempt:
             return [release_of(reservation)]

@@ -37,13 +37,19 @@ class FunctionCall(Call):
 class CallQueue:
     """The calls of one environment. Time is in whole nanoseconds."""
 
-    __slots__ = ("_calls", "_events", "environment", "now_ns")
+    __slots__ = ("_calls", "_environment", "_events", "now_ns")
 
     def __init__(self) -> None:
-        self.environment = simpy.Environment(initial_time=0)
+        self._environment = simpy.Environment(initial_time=0)
         self.now_ns = 0
-        self._events: list[tuple[int, int, int, simpy.Event]] = self.environment._queue  # type: ignore[assignment]
+        self._events: list[tuple[int, int, int, simpy.Event]] = self._environment._queue  # type: ignore[assignment]
         self._calls: list[Call] = []  # the next one last, as most are scheduled for soon
+
+    @property
+    def environment(self) -> simpy.Environment:
+        """For processes and events of simpy. Ask for it again at another time: its clock is set when that is done."""
+        self._environment._now = self.now_ns
+        return self._environment
 
     @property
     def is_empty(self) -> bool:
@@ -79,7 +85,6 @@ class CallQueue:
         if events:
             now_ns = min(now_ns, events[0][0])
         self.now_ns = now_ns
-        self.environment._now = now_ns
         while True:
             if events and events[0][0] == now_ns:
                 self.environment.step()

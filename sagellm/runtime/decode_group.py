@@ -58,7 +58,8 @@ class DecodeGroup:
         assert request.finish_clock > clock
         self.members[request.request_id] = request
         self.num_stoppable += request.is_stoppable
-        self._request_ids = None
+        if self._request_ids is not None:
+            self._request_ids += (request.request_id,)
         self._context_offset += base_computed - clock
         self._growing_with(request).append(request)
         self._by_finish.insert(self._place(request), request)

@@ -42,8 +42,7 @@ class DecodeGroup:
     def request_ids(self) -> tuple[RequestId, ...]:
         """The same tuple for as long as the members stay the same."""
         if self._request_ids is None:
-            # By way of a list, which is what compiled code takes keys out in, and at once.
-            self._request_ids = tuple(list(self.members.keys()))  # noqa: C414
+            self._request_ids = tuple(self.members)
         return self._request_ids
 
     def join(self, request: LocalRequest, clock: int, *, base_computed: int, base_output: int) -> None:

@@ -47,7 +47,10 @@ class CallQueue:
 
     @property
     def environment(self) -> simpy.Environment:
-        """For processes and events of simpy. Ask for it again at another time: its clock is set when that is done."""
+        """For processes and events of simpy. Its clock is set when somebody asks for it, and when an event of it is due.
+
+        So a call that makes events asks for it each time.
+        """
         self._environment._now = self.now_ns
         return self._environment
 
@@ -87,7 +90,7 @@ class CallQueue:
         self.now_ns = now_ns
         while True:
             if events and events[0][0] == now_ns:
-                self.environment.step()
+                self._environment.step()
             elif calls and calls[-1].at_ns == now_ns:
                 calls.pop().happen(now_ns)
             else:

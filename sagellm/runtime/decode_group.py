@@ -66,7 +66,9 @@ class DecodeGroup:
     def leave(self, request: LocalRequest) -> None:
         """Take a member out, whatever it still has to do."""
         del self.members[request.request_id]
-        del self._by_finish[self._place(request)]
+        place = self._place(request)
+        assert self._by_finish[place] is request
+        del self._by_finish[place]
         self.num_stoppable -= request.is_stoppable
         self._request_ids = None
         self._context_offset -= request.base_computed - request.join_clock

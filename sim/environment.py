@@ -47,7 +47,7 @@ class CallQueue:
 
     @property
     def environment(self) -> simpy.Environment:
-        """For processes and events of simpy. Its clock is set when somebody asks for it, and when an event of it is due.
+        """For processes and events of simpy. Its clock is set when somebody asks for it, and when an event is due.
 
         So a call that makes events asks for it each time.
         """
